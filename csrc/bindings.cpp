@@ -1,0 +1,31 @@
+// The pybind11 module quest_ops._C: what was built, and the launch planner. No torch, no CUDA: importable anywhere, needed nowhere.
+#include <pybind11/pybind11.h>
+
+#include "plan.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, module) {
+    module.doc() = "Build information and the launch planner of quest_ops.";
+    module.attr("version") = QUEST_VERSION;
+    module.attr("cuda_archs") = QUEST_CUDA_ARCHS;        // as given to CMake, "" in a CPU-only build
+    module.attr("cuda_version") = QUEST_CUDA_VERSION;    // of nvcc
+    module.attr("compiler") = __VERSION__;
+    module.def(
+        "plan_attention_splits",
+        [](int capability, int num_sms, int64_t items, int64_t tiles, int head_dim) {
+            return quest::plan_attention_splits({capability, num_sms}, items, tiles, head_dim);
+        },
+        py::arg("capability"), py::arg("num_sms"), py::arg("items"), py::arg("tiles"), py::arg("head_dim"),
+        "Thread blocks that share one (row, group of query heads) in sparse_decode_attention; `tiles` of 16 tokens at most.");
+    module.def(
+        "plan_walking_blocks",
+        [](int capability, int num_sms, int64_t items, int max_pages, int pages_per_block) {
+            return quest::plan_walking_blocks({capability, num_sms}, items, max_pages, pages_per_block);
+        },
+        py::arg("capability"), py::arg("num_sms"), py::arg("items"), py::arg("max_pages"), py::arg("pages_per_block"),
+        "Thread blocks that walk the pages of one (row, KV head) in estimate_page_scores and update_page_metadata.");
+    module.def(
+        "overlaps_launches", [](int capability) { return quest::overlaps_launches({capability, 1}); }, py::arg("capability"),
+        "Whether kernels are chained by programmatic dependent launch.");
+}

@@ -1,0 +1,202 @@
+// The one place that knows vector registers: kLanes floats, loaded from and stored to float, half and bfloat16.
+// Compiled once for each instruction set, in its own namespace; elsewhere than on x86 the compiler's own vectors serve.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC bug 105593: its AVX-512 intrinsics' deliberately undefined operands are reported.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#else
+#include <immintrin.h>
+#endif
+#endif
+
+namespace quest::cpu::QUEST_CPU_ISA {
+
+struct Half {
+    uint16_t bits;
+};
+struct BFloat16 {
+    uint16_t bits;
+};
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+// GCC and clang give these types +, -, *, comparisons and ?: lane by lane.
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
+typedef float Vec4 __attribute__((vector_size(16)));
+
+inline Vec broadcast(float x) { return x - Vec{}; }  // x - 0 keeps -0; x + 0 would not
+
+inline Vec load(const float* p) {
+    Vec v;
+    std::memcpy(&v, p, sizeof(v));
+    return v;
+}
+
+inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
+
+#if defined(__AVX512F__)
+
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+
+// Either being NaN, the result is.
+inline Vec max_nan(Vec a, Vec b) {
+    return _mm512_mask_mov_ps(_mm512_max_ps(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
+}
+inline Vec min_nan(Vec a, Vec b) {
+    return _mm512_mask_mov_ps(_mm512_min_ps(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
+}
+
+inline Vec load(const BFloat16* p) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+inline Vec load(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+
+inline void store(Half* p, Vec v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+
+inline Vec4 fold(Vec v) {
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+#elif defined(__AVX2__)
+
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+
+inline Vec max_nan(Vec a, Vec b) {
+    return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+}
+inline Vec min_nan(Vec a, Vec b) {
+    return _mm256_blendv_ps(_mm256_min_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+}
+
+inline Vec load(const BFloat16* p) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+
+inline Vec load(const Half* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+
+inline void store(Half* p, Vec v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+
+inline Vec4 fold(Vec v) { return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); }
+
+#else
+
+inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+
+inline Vec max_nan(Vec a, Vec b) { return ((a > b) | (a != a)) ? a : b; }
+inline Vec min_nan(Vec a, Vec b) { return ((a < b) | (a != a)) ? a : b; }
+
+inline Vec load(const BFloat16* p) {
+    uint32_t bits[kLanes];
+    for (int i = 0; i < kLanes; ++i) bits[i] = uint32_t(p[i].bits) << 16;
+    Vec v;
+    std::memcpy(&v, bits, sizeof(v));
+    return v;
+}
+
+inline Vec load(const Half* p) {
+    IntVec bits;
+    for (int i = 0; i < kLanes; ++i) bits[i] = p[i].bits;
+    const IntVec magnitude = (bits & 0x7fff) << 13;
+    // Multiplying by 2^112 moves the exponent to float's bias, subnormals included; inf and NaN need it full.
+    const IntVec special = ((bits & 0x7c00) == 0x7c00) & 0x7f800000;
+    const Vec scaled = reinterpret_cast<Vec>(magnitude) * 0x1p112f;
+    return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(scaled) | special | ((bits & 0x8000) << 16));
+}
+
+// Round to nearest, ties to even.
+inline uint16_t half_from_float(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof(bits));
+    const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
+    bits &= 0x7fffffff;
+    if (bits > 0x7f800000) return sign | 0x7e00;
+    if (bits >= 0x477ff000) return sign | 0x7c00;  // 65520, halfway past the largest half, and above
+    if (bits < 0x38800000) {                       // below 2^-14: adding 0.5 leaves a multiple of 2^-24 in the low bits
+        float magnitude;
+        std::memcpy(&magnitude, &bits, sizeof(bits));
+        magnitude += 0.5f;
+        std::memcpy(&bits, &magnitude, sizeof(bits));
+        return sign | uint16_t(bits - 0x3f000000);
+    }
+    return sign | uint16_t((bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13);
+}
+
+inline void store(Half* p, Vec v) {
+    for (int i = 0; i < kLanes; ++i) p[i].bits = half_from_float(v[i]);
+}
+
+inline Vec4 fold(Vec v) { return v; }
+
+#endif
+
+inline void store(BFloat16* p, Vec v) {
+    const IntVec bits = reinterpret_cast<IntVec>(v);
+    // Round to nearest, ties to even; NaN keeps its sign and becomes quiet.
+    const IntVec rounded = bits + 0x7fff + (bits >> 16 & 1);
+    const IntVec chosen = v == v ? rounded : bits | 0x400000;
+#if defined(__AVX512F__)
+    const __m512i high = _mm512_srli_epi32(reinterpret_cast<__m512i>(chosen), 16);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(high));
+#else
+    for (int i = 0; i < kLanes; ++i) p[i].bits = uint16_t(uint32_t(chosen[i]) >> 16);
+#endif
+}
+
+// The sum of each of four vectors, every one by the same tree of additions: equal vectors give equal sums.
+inline Vec4 sum4(Vec a, Vec b, Vec c, Vec d) {
+    const Vec4 a4 = fold(a), b4 = fold(b), c4 = fold(c), d4 = fold(d);
+#if defined(__x86_64__)
+    const Vec4 ab = _mm_unpacklo_ps(a4, b4) + _mm_unpackhi_ps(a4, b4);
+    const Vec4 cd = _mm_unpacklo_ps(c4, d4) + _mm_unpackhi_ps(c4, d4);
+    return _mm_movelh_ps(ab, cd) + _mm_movehl_ps(cd, ab);
+#else
+    const Vec4 even = {a4[0] + a4[2], b4[0] + b4[2], c4[0] + c4[2], d4[0] + d4[2]};
+    const Vec4 odd = {a4[1] + a4[3], b4[1] + b4[3], c4[1] + c4[3], d4[1] + d4[3]};
+    return even + odd;
+#endif
+}
+
+inline float sum(Vec v) {
+    const Vec4 s = fold(v);
+    return (s[0] + s[2]) + (s[1] + s[3]);
+}
+
+// e^x for x <= 0, within 2 units in the last place; 0 below -87.3, where the result would be subnormal; NaN stays.
+inline Vec exp_nonpositive(Vec x) {
+    // x = n ln 2 + r, |r| <= ln 2 / 2. Adding 1.5 * 2^23 rounds to an integer, which is then in the low mantissa bits.
+    const Vec shifted = fma(x, broadcast(1.44269504f), broadcast(0x1.8p23f));
+    const Vec n = shifted - 0x1.8p23f;
+    const Vec r = fma(n, broadcast(-1.42860677e-6f), fma(n, broadcast(-0.693145752f), x));  // ln 2 in two parts
+    // The Taylor series to r^7: the first term left out is below 2^-27.
+    constexpr float kTaylor[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+    Vec p = broadcast(1.0f / 5040);
+    for (float coefficient : kTaylor) p = fma(p, r, broadcast(coefficient));
+    const Vec scaled = reinterpret_cast<Vec>(reinterpret_cast<IntVec>(p) + (reinterpret_cast<IntVec>(shifted) << 23));
+    const Vec result = x < -87.3f ? Vec{} : scaled;
+    return x == x ? result : x;
+}
+
+}  // namespace quest::cpu::QUEST_CPU_ISA

@@ -1,0 +1,24 @@
+// What each .cu offers: a launch on a stream. Shapes are checked before; the result is CUDA's own error code.
+#pragma once
+#include <cuda_runtime_api.h>
+
+#include "../params.h"
+#include "../plan.h"
+
+namespace quest::cuda {
+
+cudaError_t launch_append_paged_kv(const AppendParams& params, Chip chip, cudaStream_t stream);
+cudaError_t launch_update_page_metadata(const UpdateParams& params, Chip chip, cudaStream_t stream);
+cudaError_t launch_estimate_page_scores(const EstimateParams& params, Chip chip, cudaStream_t stream);
+cudaError_t launch_select_topk_pages(const SelectParams& params, Chip chip, cudaStream_t stream);
+
+// Partial results of `num_splits` blocks a head; null where num_splits is 1.
+struct AttentionScratch {
+    int32_t num_splits;
+    float* out;  // [num_splits, R, Hq, D], normalised
+    float* lse;  // [num_splits, R, Hq], base 2
+};
+int32_t attention_splits(const AttentionParams& params, Chip chip);
+cudaError_t launch_sparse_decode_attention(const AttentionParams& params, const AttentionScratch& scratch, Chip chip, cudaStream_t stream);
+
+}  // namespace quest::cuda

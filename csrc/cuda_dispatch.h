@@ -1,0 +1,17 @@
+// The door from torch to the CUDA kernels: device guard, current stream, scratch, errors. In a CPU-only build each call
+// says how to build with CUDA.
+#pragma once
+#include <torch/csrc/stable/tensor.h>
+
+#include "params.h"
+
+namespace quest::cuda {
+
+void append_paged_kv(const AppendParams& params, int32_t device);
+void update_page_metadata(const UpdateParams& params, int32_t device);
+void estimate_page_scores(const EstimateParams& params, int32_t device);
+void select_topk_pages(const SelectParams& params, int32_t device);
+// Scratch for the partial results is allocated through torch beside `like`.
+void sparse_decode_attention(const AttentionParams& params, const torch::stable::Tensor& like);
+
+}  // namespace quest::cuda

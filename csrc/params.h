@@ -1,0 +1,104 @@
+// One params struct an op: what the torch side hands to a CPU or CUDA kernel. No torch types, so that kernels compile
+// without torch headers. Strides count elements; the last dimension of every tensor is contiguous.
+#pragma once
+#include <cstdint>
+
+namespace quest {
+
+enum class DType : int32_t { kFloat32, kFloat16, kBFloat16 };
+enum class HeadReduction : int32_t { kMax, kMean, kNone };
+
+// [num_blocks, S, Hkv, D]
+struct Pool {
+    void* data;
+    int64_t block_stride, token_stride, head_stride;
+};
+
+// [num_blocks, Hkv, M, 2, D]; the part [M, 2, D] of a block and head is contiguous.
+struct Metadata {
+    void* data;
+    int64_t block_stride, head_stride;
+};
+
+// [rows, heads, D]
+struct Rows {
+    void* data;
+    int64_t row_stride, head_stride;
+};
+
+// Where a request's tokens lie. Page i is part i % pages_per_block of block block_table[b][i / pages_per_block].
+struct Paging {
+    const int32_t* block_table;  // [B, max_blocks]
+    int64_t table_stride;
+    int32_t max_blocks;
+    int32_t page_size;
+    int32_t pages_per_block;  // M
+
+    int32_t block_size() const { return page_size * pages_per_block; }  // S
+    int32_t max_pages() const { return max_blocks * pages_per_block; }  // P
+};
+
+struct AppendParams {
+    Rows key, value;              // [X, Hkv, D]
+    Pool k_cache, v_cache;
+    Metadata metadata;
+    const int64_t* slot_mapping;  // [N]; slot = block * S + offset, negative: skip
+    int32_t num_tokens;           // N
+    int32_t num_kv_heads, head_dim, page_size, pages_per_block;
+    DType dtype;
+};
+
+struct UpdateParams {
+    Pool k_cache;
+    Metadata metadata;
+    Paging paging;
+    const int32_t* seq_lens;    // [B]
+    const int32_t* start_lens;  // [B]
+    int32_t num_requests;       // B
+    int32_t num_kv_heads, head_dim;
+    DType dtype;
+};
+
+struct EstimateParams {
+    Rows query;                // [R, Hq, D]
+    Metadata metadata;
+    Paging paging;
+    const int32_t* seq_lens;   // [R]
+    float* scores;             // [R, Hs, P]; Hs = Hkv, or Hq where head_reduction is kNone
+    int32_t num_rows, rows_per_request;  // R, T
+    int32_t num_q_heads, num_kv_heads, head_dim;
+    HeadReduction head_reduction;
+    DType dtype;
+    bool fill_tail;            // write -inf past a row's last page; the chained ops never read there
+    int32_t skip_pages;        // where positive: rows of at most this many pages need no scores, their selection is every page
+};
+
+struct SelectParams {
+    const float* scores;          // [R, Hs, P]
+    const int32_t* seq_lens;      // [R]
+    const int32_t* page_budgets;  // [R, 1 or Hs] or null
+    int32_t budget_heads;         // 1 or Hs
+    int32_t* page_ids;            // [R, Hs, K]
+    int32_t* page_counts;         // [R, Hs]
+    int32_t num_rows, num_heads;  // R, Hs
+    int32_t max_pages;            // P
+    int32_t page_size, page_budget, sink_pages, recent_pages;
+};
+
+struct AttentionParams {
+    Rows query;                   // [R, Hq, D]
+    Pool k_cache, v_cache;
+    Paging paging;
+    const int32_t* seq_lens;      // [R]
+    const int32_t* page_ids;      // [R, Hi, K] ascending, or null: every page
+    const int32_t* page_counts;   // [R, Hi] or null: up to the first -1
+    int32_t id_heads, max_ids;    // Hi = 1, Hkv or Hq; K
+    Rows out;                     // [R, Hq, D]
+    float* lse;                   // [R, Hq], natural log
+    int32_t num_rows, rows_per_request;  // R, T
+    int32_t num_q_heads, num_kv_heads, head_dim;
+    float sm_scale;
+    DType dtype;
+};
+
+}  // namespace quest

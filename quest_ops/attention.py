@@ -1,0 +1,283 @@
+"""QuestAttention: the attention of a decoder on a PagedKVCache. Plan once a step, run once a layer."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from quest_ops import ops
+from quest_ops.cache import PagedKVCache
+from quest_ops.config import QuestConfig, check_int
+from quest_ops.dense import causal_attention, gather_kv
+
+BACKENDS = ("quest", "dense", "sdpa", "flashinfer")
+MAX_ROWS_PER_REQUEST = 8  # of the decode ops
+
+
+class QuestAttention:
+    """Attention of every layer over a paged cache: sparse or dense decode steps, dense causal prefill.
+
+    config, cache: their page_size must agree. num_query_heads: a multiple of the cache's num_kv_heads.
+    backend: how decode steps attend.
+        "quest": Quest, but for `config.dense_layers` and for steps whose sequences are all within `config.dense_length`.
+        "dense": to the whole cache, with this library's paged kernel.
+        "sdpa": to the whole cache, with torch's scaled_dot_product_attention on a gathered copy of each sequence's K
+            and V: the answer to compare with. The copy is part of its time, and it cannot be captured in a CUDA graph.
+        "flashinfer": to the whole cache, with FlashInfer's paged decode, on a GPU. The output of an empty slot is
+            unspecified there; elsewhere it is zero.
+    max_batch_size, max_sequence_tokens: the most sequences of a step and tokens of a sequence: the sizes of the buffers.
+    sm_scale: factor on q . k; None: 1 / sqrt(head_dim).
+
+    A step is one `plan` and then `run` for each layer, on one stream. `plan` works on the host and makes one small
+    asynchronous copy, two when a sequence got another block. `run` of a decode step reads only `block_table`
+    [max_batch_size, max_blocks] int32, `slot_mapping` [N] int64, `positions` [N] int64 and `seq_lens` [N] int32, which
+    stay at their addresses: a CUDA graph of it may be replayed after every `plan` of as many sequences and tokens and of
+    the same `step_kind` ("quest", "dense" or "prefill"). Prefill steps have tensors of their own.
+    """
+
+    def __init__(
+        self,
+        config: QuestConfig,
+        cache: PagedKVCache,
+        num_query_heads: int,
+        *,
+        backend: str = "quest",
+        max_batch_size: int,
+        max_sequence_tokens: int,
+        sm_scale: float | None = None,
+    ) -> None:
+        if not isinstance(config, QuestConfig):
+            raise TypeError(f"config must be a QuestConfig, got {type(config).__name__}")
+        if not isinstance(cache, PagedKVCache):
+            raise TypeError(f"cache must be a PagedKVCache, got {type(cache).__name__}")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+        check_int("num_query_heads", num_query_heads, 1)
+        check_int("max_batch_size", max_batch_size, 1)
+        check_int("max_sequence_tokens", max_sequence_tokens, 1)
+        if config.page_size != cache.page_size:
+            raise ValueError(f"config.page_size is {config.page_size}, the cache's is {cache.page_size}")
+        if config.metadata_dtype not in (None, cache.metadata_dtype):
+            raise ValueError(f"config.metadata_dtype is {config.metadata_dtype}, the cache's is {cache.metadata_dtype}")
+        if num_query_heads % cache.num_kv_heads:
+            raise ValueError(f"num_query_heads {num_query_heads} is no multiple of {cache.num_kv_heads} KV heads")
+        if any(layer >= cache.num_layers for layer in config.dense_layers):
+            raise ValueError(f"config.dense_layers is {config.dense_layers}, the cache has {cache.num_layers} layers")
+        if sm_scale is not None and not (isinstance(sm_scale, (int, float)) and 0 < sm_scale < math.inf):
+            raise ValueError(f"sm_scale must be None or a positive number, got {sm_scale!r}")
+        self.config = config
+        self.cache = cache
+        self.backend = backend
+        self.num_query_heads = num_query_heads
+        self.max_batch_size = max_batch_size
+        self.max_sequence_tokens = max_sequence_tokens
+        self.sm_scale = cache.head_dim**-0.5 if sm_scale is None else float(sm_scale)
+        self._dense_layers = frozenset(config.dense_layers)
+        self._flashinfer = None
+        if backend == "flashinfer":
+            from quest_ops.integrations.flashinfer_backend import FlashInferDecode
+
+            self._flashinfer = FlashInferDecode(cache, num_query_heads, max_sequence_tokens, self.sm_scale)
+
+        max_blocks = -(-max_sequence_tokens // cache.block_size)
+        self.block_table = torch.zeros(max_batch_size, max_blocks, dtype=torch.int32, device=cache.device)
+        on_cpu = cache.device.type == "cpu"
+        self._host_table = self.block_table if on_cpu else torch.zeros_like(self.block_table, device="cpu")
+        self._table_rows: list[tuple[int, int] | None] = [None] * max_batch_size  # (sequence, epoch) that a row shows
+        # slot_mapping, positions and seq_lens of a decode step lie in one buffer, so that one copy fills them.
+        self._max_rows = max_batch_size * MAX_ROWS_PER_REQUEST
+        self._step_buffer = torch.zeros(self._max_rows * 5 // 2, dtype=torch.int64, device=cache.device)
+        self.step_kind: str | None = None
+        self.slot_mapping, self.positions, self.seq_lens = self._slices(self._step_buffer, 0)
+
+    def plan(self, seqs: list[int | None], new_tokens: int | list[int], *, prefill: bool = False) -> None:
+        """Reserves the tokens of a step in the cache and describes the step to the device.
+
+        seqs: ids of `cache`, None for an empty slot. new_tokens: how many tokens the step appends to each, 1 or more
+        (what a list says about an empty slot is ignored). With the same number T <= 8 for all, this is a decode step:
+        its rows are T for every slot, empty ones included. Else, or with prefill=True, it is a prefill step: its rows
+        are the new tokens of the sequences, one sequence after the other.
+
+        Raises ValueError, TypeError or OutOfPagesError; then no sequence has been extended.
+        """
+        counts = self._check_step(seqs, new_tokens)
+        live = [b for b, seq in enumerate(seqs) if seq is not None]
+        sizes = {counts[b] for b in live} or {new_tokens if isinstance(new_tokens, int) else 1}
+        rows_per_request = max(sizes)
+        decode = not prefill and len(sizes) == 1 and rows_per_request <= MAX_ROWS_PER_REQUEST
+        if not decode and not live:
+            raise ValueError("seqs has no sequence: a prefill step needs one")
+        self.cache.extend_all([seqs[b] for b in live], [counts[b] for b in live])
+
+        lengths = [0 if seq is None else self.cache.length(seq) for seq in seqs]
+        self._update_block_table(seqs, live)
+        if decode:
+            self._plan_decode(seqs, rows_per_request)
+            sparse = self.backend == "quest" and max(lengths) > self.config.dense_length
+            self.step_kind = "quest" if sparse else "dense"
+        else:
+            self._plan_prefill(seqs, live, counts)
+            self.step_kind = "prefill"
+
+        self._spans = []  # of the rows of each sequence, for torch's attention
+        if self.backend == "sdpa" or not decode:
+            first = 0
+            for b in live:
+                first = b * rows_per_request if decode else first
+                self._spans.append((slice(first, first + counts[b]), lengths[b], self._blocks(b, seqs[b])))
+                first += counts[b]
+        elif self._flashinfer is not None:
+            self._flashinfer.plan(self.block_table, lengths, rows_per_request)
+
+        cache = self.cache
+        rows = self.positions.numel()
+        self._request_table = self.block_table[: len(seqs)]
+        self._query_shape = (rows, self.num_query_heads, cache.head_dim)
+        self._key_shape = (rows, cache.num_kv_heads, cache.head_dim)
+
+    def run(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Appends the step's K and V to the cache of a layer, and attends.
+
+        query [N, Hq, D], key and value [N, Hkv, D], after RoPE, in the cache's dtype and on its device; N and the order
+        of the rows as planned. Returns [N, Hq, D]. The keys and values of an empty slot are ignored.
+        """
+        self._check_inputs(layer, query, key, value)
+        cache, config = self.cache, self.config
+        k_cache, v_cache, metadata = cache.k_cache(layer), cache.v_cache(layer), cache.page_metadata(layer)
+        ops.append_paged_kv(key, value, k_cache, v_cache, metadata, self.slot_mapping)
+        if self.step_kind == "prefill" or self.backend == "sdpa":
+            return self._run_sdpa(layer, query)
+        if self._flashinfer is not None:
+            return self._flashinfer.run(layer, query)
+        if self.step_kind == "dense" or layer in self._dense_layers:
+            out, _ = ops.sparse_decode_attention(
+                query,
+                k_cache,
+                v_cache,
+                self._request_table,
+                self.seq_lens,
+                page_size=config.page_size,
+                sm_scale=self.sm_scale,
+            )
+            return out
+        out, _ = ops.quest_decode_attention(
+            query,
+            k_cache,
+            v_cache,
+            metadata,
+            self._request_table,
+            self.seq_lens,
+            config.page_budget,
+            config.sink_pages,
+            config.recent_pages,
+            config.head_reduction,
+            sm_scale=self.sm_scale,
+        )
+        return out
+
+    def _check_step(self, seqs: list[int | None], new_tokens: int | list[int]) -> list[int]:
+        if not isinstance(seqs, (list, tuple)):
+            raise TypeError(f"seqs must be a list of sequence ids and None, got {type(seqs).__name__}")
+        if not 1 <= len(seqs) <= self.max_batch_size:
+            raise ValueError(f"seqs must have 1 to max_batch_size = {self.max_batch_size} entries, got {len(seqs)}")
+        counts = list(new_tokens) if isinstance(new_tokens, (list, tuple)) else [new_tokens] * len(seqs)
+        if len(counts) != len(seqs):
+            raise ValueError(f"new_tokens has {len(counts)} entries for {len(seqs)} seqs")
+        for seq, count in zip(seqs, counts):
+            if seq is None and isinstance(new_tokens, (list, tuple)):
+                continue
+            check_int("new_tokens", count, 1)
+            length = 0 if seq is None else self.cache.length(seq) + count
+            if length > self.max_sequence_tokens:
+                raise ValueError(f"sequence {seq} would hold {length} tokens, max_sequence_tokens is {self.max_sequence_tokens}")
+        return counts
+
+    def _check_inputs(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
+        if self.step_kind is None:
+            raise RuntimeError("run was called before plan: there is no step to run")
+        if not 0 <= layer < self.cache.num_layers:
+            raise ValueError(f"layer must be 0 to {self.cache.num_layers - 1}, got {layer}")
+        if query.shape != self._query_shape:
+            raise ValueError(f"query must be {list(self._query_shape)} as planned, got {list(query.shape)}")
+        if key.shape != self._key_shape or value.shape != self._key_shape:
+            raise ValueError(f"key and value must be {list(self._key_shape)} as planned, got {list(key.shape)}, {list(value.shape)}")
+        if query.dtype != self.cache.dtype or query.device != self.cache.device:
+            raise ValueError(f"query must be {self.cache.dtype} on {self.cache.device} as the cache, got {query.dtype} on {query.device}")
+
+    def _slices(self, buffer: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """slot_mapping, positions [rows] int64 and seq_lens [rows] int32 within a step buffer."""
+        n = self._max_rows
+        return buffer[:rows], buffer[n : n + rows], buffer[2 * n :].view(torch.int32)[:rows]
+
+    def _plan_decode(self, seqs: list[int | None], rows_per_request: int) -> None:
+        block_size = self.cache.block_size
+        slots, positions, lengths = [], [], []
+        for seq in seqs:
+            if seq is None:
+                slots += [-1] * rows_per_request
+                positions += [0] * rows_per_request
+                lengths += [0] * rows_per_request
+                continue
+            sequence = self.cache.sequence(seq)
+            for position in range(sequence.length - rows_per_request, sequence.length):
+                slots.append(sequence.blocks[position // block_size] * block_size + position % block_size)
+                positions.append(position)
+                lengths.append(position + 1)
+        # Fresh pinned memory for every copy: torch's host allocator reuses it only when the copy is done.
+        on_cpu = self.cache.device.type == "cpu"
+        host = self._step_buffer if on_cpu else torch.empty_like(self._step_buffer, device="cpu", pin_memory=True)
+        for to, numbers in zip(self._slices(host, len(slots)), (slots, positions, lengths)):
+            to.copy_(torch.tensor(numbers, dtype=to.dtype))
+        if not on_cpu:
+            self._step_buffer.copy_(host, non_blocking=True)
+        self.slot_mapping, self.positions, self.seq_lens = self._slices(self._step_buffer, len(slots))
+
+    def _plan_prefill(self, seqs: list[int | None], live: list[int], counts: list[int]) -> None:
+        slots, positions = [], []
+        for b in live:
+            end = self.cache.length(seqs[b])
+            slots.append(self.cache.slots(seqs[b], end - counts[b], end))
+            positions.append(torch.arange(end - counts[b], end))
+        self.slot_mapping, self.positions = self._to_device(torch.stack([torch.cat(slots), torch.cat(positions)]))
+        self.seq_lens = (self.positions + 1).int()
+
+    def _update_block_table(self, seqs: list[int | None], live: list[int]) -> None:
+        """Sends the entries of the block table that have changed, in one copy for all rows."""
+        places, blocks = [], []
+        for b in live:
+            sequence = self.cache.sequence(seqs[b])
+            shown = (seqs[b], sequence.epoch)
+            if self._table_rows[b] == shown:
+                continue
+            row = self._host_table[b, : len(sequence.blocks)]
+            now = torch.frombuffer(sequence.blocks, dtype=torch.int32)
+            changed = (row != now).nonzero().flatten()
+            row[changed] = now[changed]
+            places.append(changed + b * self._host_table.size(1))
+            blocks.append(now[changed].long())
+            self._table_rows[b] = shown
+        if places and self.cache.device.type != "cpu":
+            places, blocks = self._to_device(torch.stack([torch.cat(places), torch.cat(blocks)]))
+            self.block_table.view(-1).scatter_(0, places, blocks.int())
+
+    def _to_device(self, host: Tensor) -> Tensor:
+        if self.cache.device.type == "cpu":
+            return host
+        return host.pin_memory().to(self.cache.device, non_blocking=True)
+
+    def _blocks(self, b: int, seq: int) -> Tensor | slice:
+        """The blocks of a sequence: a slice where they follow one another in the pool, else an index on the device."""
+        blocks = torch.frombuffer(self.cache.sequence(seq).blocks, dtype=torch.int32)
+        first, count = int(blocks[0]), blocks.numel()
+        if torch.equal(blocks, torch.arange(first, first + count, dtype=torch.int32)):
+            return slice(first, first + count)
+        return self.block_table[b, :count]
+
+    def _run_sdpa(self, layer: int, query: Tensor) -> Tensor:
+        out = torch.zeros(self._query_shape, dtype=query.dtype, device=query.device)
+        for rows, length, blocks in self._spans:
+            keys, values = gather_kv(self.cache.pool[layer], blocks, length)
+            out[rows] = causal_attention(query[rows], keys, values, self.sm_scale)
+        return out

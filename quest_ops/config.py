@@ -1,0 +1,97 @@
+"""QuestConfig: which pages a decode step keeps, and when it attends to everything instead."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+PAGE_SIZES = (8, 16, 32, 64, 128)
+HEAD_REDUCTIONS = ("max", "mean", "none")
+
+
+def check_int(name: str, value: object, minimum: int) -> int:
+    """`value` if it is an int (bool is not) of at least `minimum`; else TypeError or ValueError that names it."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return value
+
+
+@dataclass(frozen=True)
+class QuestConfig:
+    """Settings of Quest sparse attention (Tang et al., ICML 2024). Lengths are in tokens, per sequence.
+
+    page_size: tokens a page: 8, 16, 32, 64 or 128; the cache's.
+    token_budget: most tokens a decode row attends to, sink and recent ones included; rounded down to whole pages.
+    sink_tokens, recent_tokens: first and last tokens that are always attended to; rounded up to whole pages. At least
+        one recent page is kept: the one being written.
+    dense_layers: numbers of the layers that always attend to the whole cache.
+    head_reduction: how the query heads that share a KV head agree on pages: "max" or "mean" of their scores, or "none":
+        each query head selects for itself.
+    metadata_dtype: dtype that the cache's page metadata must have; None: whatever the cache has.
+    dense_below: a decode step whose longest sequence is at most this many tokens is dense; None: token_budget.
+
+    Raises TypeError or ValueError for a value that is not supported, and where the budget cannot hold the sink pages,
+    the recent pages and one page to choose.
+    """
+
+    page_size: int = 16
+    token_budget: int = 2048
+    sink_tokens: int = 16
+    recent_tokens: int = 64
+    dense_layers: tuple[int, ...] = ()
+    head_reduction: str = "max"
+    metadata_dtype: torch.dtype | None = None
+    dense_below: int | None = None
+
+    def __post_init__(self) -> None:
+        check_int("page_size", self.page_size, 1)
+        if self.page_size not in PAGE_SIZES:
+            raise ValueError(f"page_size must be one of {PAGE_SIZES}, got {self.page_size}")
+        check_int("token_budget", self.token_budget, 1)
+        check_int("sink_tokens", self.sink_tokens, 0)
+        check_int("recent_tokens", self.recent_tokens, 1)
+        if self.dense_below is not None:
+            check_int("dense_below", self.dense_below, 0)
+        if not isinstance(self.dense_layers, (tuple, list)):
+            raise TypeError(f"dense_layers must be a tuple of layer numbers, got {self.dense_layers!r}")
+        for layer in self.dense_layers:
+            check_int("each of dense_layers", layer, 0)
+        object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+        if self.head_reduction not in HEAD_REDUCTIONS:
+            raise ValueError(f"head_reduction must be one of {HEAD_REDUCTIONS}, got {self.head_reduction!r}")
+        if self.metadata_dtype is not None and not isinstance(self.metadata_dtype, torch.dtype):
+            raise TypeError(f"metadata_dtype must be None or a torch.dtype, got {self.metadata_dtype!r}")
+        needed = self.sink_pages + self.recent_pages + 1
+        if self.page_budget < needed:
+            raise ValueError(
+                f"token_budget {self.token_budget} is {self.page_budget} pages of {self.page_size} tokens; it must hold "
+                f"sink ({self.sink_pages}) + recent ({self.recent_pages}) + 1 pages: at least {needed * self.page_size}"
+            )
+
+    @classmethod
+    def paper(cls, **settings) -> QuestConfig:
+        """The paper's setting: no sink, one recent page, layers 0 and 1 dense. `settings` override single fields."""
+        return cls(**{"sink_tokens": 0, "recent_tokens": 1, "dense_layers": (0, 1), **settings})
+
+    @property
+    def page_budget(self) -> int:
+        """Pages a row attends to at most."""
+        return self.token_budget // self.page_size
+
+    @property
+    def sink_pages(self) -> int:
+        """Leading pages that are always attended to."""
+        return -(-self.sink_tokens // self.page_size)
+
+    @property
+    def recent_pages(self) -> int:
+        """Trailing pages that are always attended to, the one being written included."""
+        return -(-self.recent_tokens // self.page_size)
+
+    @property
+    def dense_length(self) -> int:
+        """Longest sequence, in tokens, for which a decode step is dense."""
+        return self.token_budget if self.dense_below is None else self.dense_below

@@ -1,0 +1,289 @@
+"""The ops, one function each. All take the same tensors, so they compose with any engine's paged cache:
+
+- `query [R, Hq, D]` float16 / bfloat16 (float32 on the CPU too), `R = B * T`: `T` of 1 to 8 adjacent rows share a request's block table;
+  `Hq / Hkv` of 1 to 16, `D` of 64, 128 or 256.
+- `k_cache`, `v_cache [num_blocks, S, Hkv, D]` of query's dtype: any strides, last dimension contiguous, rows aligned to 16 bytes. NHD, HND,
+  FlashInfer's and vLLM's pools are views of this shape.
+- `page_metadata [num_blocks, Hkv, M, 2, D]`, or `[num_blocks, Hkv, 2, D]` where a block is one page: per page of `S / M` tokens and KV head
+  the channel-wise minimum `[..., 0, :]` and maximum `[..., 1, :]` of its keys, in the cache's dtype.
+- `block_table [B, max_blocks]` int32; entries past a row's length are never read. `seq_lens [R]` int32: how many tokens a row sees, itself
+  included; clamped to the table; 0 is an empty slot.
+
+Lengths and tables are read on the device alone, so every op can be captured in a CUDA graph and replayed while lengths grow.
+`QUEST_OPS_CHECK=1` in the environment makes these functions look at the values too (block numbers, slots, page numbers): slow, and it
+synchronises a GPU.
+
+Errors: a `RuntimeError` names the argument, what was received and what is supported, before anything is written.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+_ops = torch.ops.quest_ops
+
+
+def append_paged_kv(
+    key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, page_metadata: Tensor, slot_mapping: Tensor
+) -> None:
+    """Write new keys and values into the cache and bring the metadata of their pages up to date, in one launch.
+
+    Args:
+        key, value: `[X, Hkv, D]`, the cache's dtype; may be slices of one fused projection.
+        k_cache, v_cache, page_metadata: written in place.
+        slot_mapping: `[N]` int64, `N <= X`: row `i` goes to token `slot % S` of block `slot // S`; a negative slot is skipped, rows past
+            `N` are padding. Once skips are dropped, tokens of one page must be adjacent.
+
+    A touched page's metadata is computed from the stored keys at offsets 0 to the highest one written, never from earlier metadata: rejected
+    drafts, copied partial pages and reused blocks end in the same bits as a fresh build. A NaN key makes its channel's bounds NaN.
+    """
+    if _checking():
+        _check_values(
+            "slot_mapping",
+            slot_mapping,
+            slot_mapping < k_cache.size(0) * k_cache.size(1),
+            f"slots below {k_cache.size(0) * k_cache.size(1)}",
+        )
+    _ops.append_paged_kv(key, value, k_cache, v_cache, page_metadata, slot_mapping)
+
+
+def update_page_metadata(
+    k_cache: Tensor, page_metadata: Tensor, block_table: Tensor, seq_lens: Tensor, start_lens: Tensor
+) -> None:
+    """Compute the metadata of every page that holds a token of `[start_lens[b], seq_lens[b])` from its stored keys.
+
+    For keys that other code wrote, loaded prefixes, a changed cache. Same bits as `append_paged_kv`. `seq_lens`, `start_lens`: `[B]` int32.
+    """
+    if _checking():
+        _check_block_table(block_table, seq_lens, k_cache.size(1), k_cache.size(0))
+    _ops.update_page_metadata(k_cache, page_metadata, block_table, seq_lens, start_lens)
+
+
+def estimate_page_scores(
+    query: Tensor, page_metadata: Tensor, block_table: Tensor, seq_lens: Tensor, page_size: int, head_reduction: str
+) -> Tensor:
+    """Upper bound of `q . k` over each page's keys: `sum_d max(q_d * min_d, q_d * max_d)` (QUEST, section 3.3).
+
+    Args:
+        page_size: tokens a page: 8, 16, 32, 64 or 128.
+        head_reduction: over the query heads of a KV head: "max", "mean", or "none" for a score for each query head.
+
+    Returns:
+        scores `[R, Hs, P]` float32, `Hs` = `Hkv` ("none": `Hq`), `P` = max_blocks * M; `-inf` past a row's last page. Not scaled by
+        `sm_scale`. NaN in metadata gives NaN, which selection ranks first.
+    """
+    if _checking():
+        parts = page_metadata.size(2) if page_metadata.dim() == 5 else 1
+        _check_block_table(block_table, seq_lens, page_size * parts, page_metadata.size(0))
+    return _ops.estimate_page_scores(query, page_metadata, block_table, seq_lens, page_size, head_reduction)
+
+
+def select_topk_pages(
+    scores: Tensor,
+    seq_lens: Tensor,
+    page_size: int,
+    page_budget: int,
+    sink_pages: int,
+    recent_pages: int,
+    *,
+    page_budgets: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The `page_budget` best pages of each row and head, exactly: ties go to the earlier page, NaN ranks above every number.
+
+    Args:
+        scores: `[R, Hs, P]` float32, contiguous; read only up to a row's last page.
+        seq_lens: `[R]` int32.
+        page_budget: `K`, at least `sink_pages + recent_pages + 1`.
+        sink_pages, recent_pages: the first and last pages, always kept; at least 1 recent page, the one being written.
+        page_budgets: int32 `[R]` or `[R, Hs]`, budgets of single rows or heads, clamped to `[sink_pages + recent_pages, page_budget]`.
+
+    Returns:
+        page_ids `[R, Hs, K]` int32, page numbers within the sequence, ascending, padded with -1; page_counts `[R, Hs]` int32. All pages where
+        they fit the budget.
+    """
+    return _ops.select_topk_pages(
+        scores, seq_lens, page_size, page_budget, sink_pages, recent_pages, page_budgets=page_budgets
+    )
+
+
+def sparse_decode_attention(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    page_ids: Tensor | None = None,
+    page_counts: Tensor | None = None,
+    *,
+    page_size: int | None = None,
+    sm_scale: float | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of each row over the tokens of its listed pages; over all its tokens where `page_ids` is None (dense decode).
+
+    Args:
+        page_ids: `[R, Hi, K]` int32, ascending, as `select_topk_pages` gives them; `Hi` is 1, `Hkv` or `Hq`. A row's last page is attended
+            whether listed or not, so a selection may be reused over steps.
+        page_counts: `[R, Hi]` int32; None: up to the first -1.
+        page_size: tokens a page; None: the block size `S`.
+        sm_scale: factor of `q . k`; None: `1 / sqrt(D)`.
+        out, lse: written instead of fresh tensors.
+
+    Returns:
+        out `[R, Hq, D]` of query's dtype, lse `[R, Hq]` float32: natural log of the sum of `exp(sm_scale * q . k)`, as FlashAttention and
+        vLLM (FlashInfer's is base 2). An empty slot gives zeros and `-inf`.
+    """
+    if _checking():
+        size = page_size or k_cache.size(1)
+        _check_block_table(block_table, seq_lens, k_cache.size(1), k_cache.size(0))
+        if page_ids is not None:
+            _check_page_ids(page_ids, page_counts, seq_lens, size)
+    arguments = (query, k_cache, v_cache, block_table, seq_lens, page_ids, page_counts)
+    if out is None and lse is None:
+        return _ops.sparse_decode_attention(*arguments, page_size=page_size, sm_scale=sm_scale)
+    out, lse = _both_outputs(query, out, lse)
+    _ops.sparse_decode_attention_out(*arguments, page_size=page_size, sm_scale=sm_scale, out=out, lse=lse)
+    return out, lse
+
+
+def quest_decode_attention(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_metadata: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    page_budget: int,
+    sink_pages: int,
+    recent_pages: int,
+    head_reduction: str,
+    *,
+    sm_scale: float | None = None,
+    page_budgets: Tensor | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """QUEST's decode step in one call: `estimate_page_scores`, `select_topk_pages`, `sparse_decode_attention`.
+
+    Equal to the composition of the three; arguments and results are theirs. A page is `S / M` tokens, from the shapes of the cache and
+    its metadata. Rows whose pages fit the budget are attended in full.
+    """
+    if _checking():
+        _check_block_table(block_table, seq_lens, k_cache.size(1), k_cache.size(0))
+    arguments = (
+        query,
+        k_cache,
+        v_cache,
+        page_metadata,
+        block_table,
+        seq_lens,
+        page_budget,
+        sink_pages,
+        recent_pages,
+        head_reduction,
+    )
+    if out is None and lse is None:
+        return _ops.quest_decode_attention(*arguments, sm_scale=sm_scale, page_budgets=page_budgets)
+    out, lse = _both_outputs(query, out, lse)
+    _ops.quest_decode_attention_out(*arguments, sm_scale=sm_scale, page_budgets=page_budgets, out=out, lse=lse)
+    return out, lse
+
+
+def _both_outputs(query: Tensor, out: Tensor | None, lse: Tensor | None) -> tuple[Tensor, Tensor]:
+    if out is None:
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    if lse is None:
+        lse = query.new_empty(query.shape[:2], dtype=torch.float32)
+    return out, lse
+
+
+def _checking() -> bool:
+    return os.environ.get("QUEST_OPS_CHECK") == "1" and not torch.compiler.is_compiling()
+
+
+def _check_values(name: str, values: Tensor, good: Tensor, supported: str) -> None:
+    if not bool(good.all()):
+        at = (~good).nonzero()[0].tolist()
+        raise RuntimeError(f"quest_ops: {name}{at} is {int(values[tuple(at)])}; supported: {supported}")
+
+
+def _check_block_table(block_table: Tensor, seq_lens: Tensor, block_size: int, num_blocks: int) -> None:
+    longest = seq_lens.view(block_table.size(0), -1).amax(1, keepdim=True)
+    used = torch.arange(block_table.size(1), device=block_table.device) * block_size < longest
+    good = ~used | ((block_table >= 0) & (block_table < num_blocks))
+    _check_values("block_table", block_table, good, f"blocks 0..{num_blocks - 1} wherever seq_lens reach")
+
+
+def _check_page_ids(page_ids: Tensor, page_counts: Tensor | None, seq_lens: Tensor, page_size: int) -> None:
+    pages = ((seq_lens.clamp(min=0) + page_size - 1) // page_size)[:, None, None]
+    place = torch.arange(page_ids.size(2), device=page_ids.device)
+    counts = (page_ids >= 0).cumprod(2).sum(2) if page_counts is None else page_counts
+    listed = place < counts[..., None]
+    in_range = (page_ids >= 0) & (page_ids < pages)
+    _check_values("page_ids", page_ids, ~listed | in_range, "pages of the row, 0..ceil(seq_len / page_size) - 1")
+    ascending = torch.cat([torch.ones_like(listed[..., :1]), page_ids[..., 1:] > page_ids[..., :-1]], 2)
+    _check_values("page_ids", page_ids, ~listed | ascending, "ascending pages")
+
+
+@torch.library.register_fake("quest_ops::append_paged_kv")
+def _(key, value, k_cache, v_cache, page_metadata, slot_mapping):
+    return None
+
+
+@torch.library.register_fake("quest_ops::update_page_metadata")
+def _(k_cache, page_metadata, block_table, seq_lens, start_lens):
+    return None
+
+
+@torch.library.register_fake("quest_ops::estimate_page_scores")
+def _(query, page_metadata, block_table, seq_lens, page_size, head_reduction):
+    parts = page_metadata.size(2) if page_metadata.dim() == 5 else 1
+    heads = query.size(1) if head_reduction == "none" else page_metadata.size(1)
+    return query.new_empty((query.size(0), heads, block_table.size(1) * parts), dtype=torch.float32)
+
+
+@torch.library.register_fake("quest_ops::select_topk_pages")
+def _(scores, seq_lens, page_size, page_budget, sink_pages, recent_pages, *, page_budgets=None):
+    rows, heads, _ = scores.shape
+    return scores.new_empty((rows, heads, page_budget), dtype=torch.int32), scores.new_empty(
+        (rows, heads), dtype=torch.int32
+    )
+
+
+@torch.library.register_fake("quest_ops::sparse_decode_attention")
+def _(
+    query, k_cache, v_cache, block_table, seq_lens, page_ids=None, page_counts=None, *, page_size=None, sm_scale=None
+):
+    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=torch.float32)
+
+
+@torch.library.register_fake("quest_ops::quest_decode_attention")
+def _(query, k_cache, v_cache, page_metadata, block_table, seq_lens, page_budget, sink_pages, recent_pages, head_reduction, *,
+      sm_scale=None, page_budgets=None):  # fmt: skip
+    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=torch.float32)
+
+
+@torch.library.register_fake("quest_ops::sparse_decode_attention_out")
+def _(
+    query,
+    k_cache,
+    v_cache,
+    block_table,
+    seq_lens,
+    page_ids=None,
+    page_counts=None,
+    *,
+    page_size=None,
+    sm_scale=None,
+    out,
+    lse,
+):
+    return None
+
+
+@torch.library.register_fake("quest_ops::quest_decode_attention_out")
+def _(query, k_cache, v_cache, page_metadata, block_table, seq_lens, page_budget, sink_pages, recent_pages, head_reduction, *,
+      sm_scale=None, page_budgets=None, out, lse):  # fmt: skip
+    return None

@@ -1,0 +1,272 @@
+"""The ops in plain PyTorch: same names, same signatures, row by row, slow and obviously right.
+
+Half-precision inputs are computed in float32; float64 inputs stay float64 throughout, scores and lse included.
+Arguments are not checked here: the compiled ops do that.
+"""
+
+import torch
+from torch import Tensor
+
+_FP8 = torch.float8_e4m3fn
+
+
+def append_paged_kv(
+    key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, page_metadata: Tensor, slot_mapping: Tensor
+) -> None:
+    """Write `key`, `value` `[X, Hkv, D]` to slots `slot_mapping` `[N <= X]` and refresh the metadata of those pages.
+
+    A slot is `block * S + offset`; a negative one is skipped. The metadata of a touched page is that of the stored keys
+    at offsets 0 to the highest one written by this call.
+    """
+    tokens_per_block = k_cache.size(1)
+    metadata = _with_parts(page_metadata)
+    page_size = tokens_per_block // metadata.size(2)
+    highest = {}  # (block, part) -> highest offset written in that page
+    for row, slot in enumerate(slot_mapping.tolist()):
+        if slot < 0:
+            continue
+        block, offset = divmod(slot, tokens_per_block)
+        k_cache[block, offset] = key[row].to(k_cache.dtype)
+        v_cache[block, offset] = value[row].to(v_cache.dtype)
+        page = (block, offset // page_size)
+        highest[page] = max(highest.get(page, 0), offset % page_size)
+    for (block, part), offset in highest.items():
+        start = part * page_size
+        _store_bounds(metadata[block, :, part], k_cache[block, start : start + offset + 1])
+
+
+def update_page_metadata(
+    k_cache: Tensor, page_metadata: Tensor, block_table: Tensor, seq_lens: Tensor, start_lens: Tensor
+) -> None:
+    """Recompute the metadata of every page that holds a token of `[start_lens[b], seq_lens[b])`, for each request b."""
+    metadata = _with_parts(page_metadata)
+    parts = metadata.size(2)
+    page_size = k_cache.size(1) // parts
+    for b, (length, start) in enumerate(zip(seq_lens.tolist(), start_lens.tolist(), strict=True)):
+        length = _clamp_length(length, block_table.size(1) * k_cache.size(1))
+        start = max(start, 0)
+        if start >= length:
+            continue
+        for page in range(start // page_size, _ceil_div(length, page_size)):
+            block, part = int(block_table[b, page // parts]), page % parts
+            first, stop = part * page_size, part * page_size + min(page_size, length - page * page_size)
+            _store_bounds(metadata[block, :, part], k_cache[block, first:stop])
+
+
+def estimate_page_scores(
+    query: Tensor,
+    page_metadata: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    page_size: int,
+    head_reduction: str,
+) -> Tensor:
+    """Upper bound of `q . k` for every page: `sum_d max(q_d * lo_d, q_d * hi_d)` (QUEST, Tang et al. 2024).
+
+    Returns scores `[R, Hs, P]`, `-inf` past each row's last page. `head_reduction`: "none" (`Hs = Hq`), or over each
+    GQA group the "max", or the "mean" of the bounds, which is one product with the group's mean of `q+` and of `q-`.
+    """
+    metadata = _with_parts(page_metadata)
+    rows, num_heads, dim = query.shape
+    kv_heads, parts = metadata.size(1), metadata.size(2)
+    num_pages_max = block_table.size(1) * parts
+    compute = _compute_dtype(query, metadata)
+    grouped = query.to(compute).view(rows, kv_heads, num_heads // kv_heads, dim)
+    positive, negative = grouped.clamp(min=0), grouped.clamp(max=0)
+    if head_reduction == "mean":
+        positive, negative = positive.mean(2, keepdim=True), negative.mean(2, keepdim=True)
+
+    score_heads = num_heads if head_reduction == "none" else kv_heads
+    scores = torch.full((rows, score_heads, num_pages_max), -torch.inf, dtype=compute, device=query.device)
+    for r, length in enumerate(seq_lens.tolist()):
+        num_pages = _ceil_div(_clamp_length(length, num_pages_max * page_size), page_size)
+        blocks = block_table[r // (rows // block_table.size(0)), : _ceil_div(num_pages, parts)].long()
+        bounds = metadata[blocks].to(compute).transpose(1, 2).flatten(0, 1)[:num_pages]  # [num_pages, Hkv, 2, D]
+        for h in range(kv_heads):
+            lo, hi = bounds[:, h, 0], bounds[:, h, 1]
+            of_group = positive[r, h] @ hi.T + negative[r, h] @ lo.T  # [G or 1, num_pages]
+            if head_reduction == "none":
+                group = of_group.size(0)
+                scores[r, h * group : (h + 1) * group, :num_pages] = of_group
+            else:
+                scores[r, h, :num_pages] = of_group.amax(0)
+    return scores
+
+
+def select_topk_pages(
+    scores: Tensor,
+    seq_lens: Tensor,
+    page_size: int,
+    page_budget: int,
+    sink_pages: int,
+    recent_pages: int,
+    *,
+    page_budgets: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The sink pages, the recent pages (at least 1) and the best of the others by score, `page_budget` pages in all.
+
+    NaN ranks above +inf, equal scores go to the earlier page, and all pages are taken where they fit the budget.
+    `page_budgets` `[R]` or `[R, Hs]` int32 lowers the budget, clamped to `[sink + recent, page_budget]`.
+    Returns page numbers `[R, Hs, page_budget]` int32, ascending, padded with -1, and their counts `[R, Hs]` int32.
+    """
+    rows, heads, num_pages_max = scores.shape
+    page_ids = torch.full((rows, heads, page_budget), -1, dtype=torch.int32, device=scores.device)
+    page_counts = torch.zeros((rows, heads), dtype=torch.int32, device=scores.device)
+    for r, length in enumerate(seq_lens.tolist()):
+        num_pages = _ceil_div(_clamp_length(length, num_pages_max * page_size), page_size)
+        for h in range(heads):
+            budget = page_budget
+            if page_budgets is not None:
+                asked = page_budgets[r] if page_budgets.dim() == 1 else page_budgets[r, h]
+                budget = min(max(int(asked), sink_pages + recent_pages), page_budget)
+            if num_pages <= budget:
+                chosen = torch.arange(num_pages, device=scores.device)
+            else:
+                # torch.sort ranks NaN above +inf and, being stable, leaves equal scores in page order.
+                middle = scores[r, h, sink_pages : num_pages - recent_pages]
+                best = torch.sort(middle, descending=True, stable=True).indices[: budget - sink_pages - recent_pages]
+                sinks = torch.arange(sink_pages, device=scores.device)
+                recent = torch.arange(num_pages - recent_pages, num_pages, device=scores.device)
+                chosen = torch.cat([sinks, best.sort().values + sink_pages, recent])
+            page_ids[r, h, : chosen.numel()] = chosen.int()
+            page_counts[r, h] = chosen.numel()
+    return page_ids, page_counts
+
+
+def sparse_decode_attention(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    page_ids: Tensor | None = None,
+    page_counts: Tensor | None = None,
+    *,
+    page_size: int | None = None,
+    sm_scale: float | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of each row over the tokens of its listed pages and of its last page, listed or not.
+
+    `page_ids` `[R, 1 | Hkv | Hq, K]`, None for all pages. Without `page_counts` a list ends at its first -1; a page
+    past the row's last one holds no token and adds nothing. Returns out `[R, Hq, D]` and lse `[R, Hq]` (natural log);
+    an empty slot gets zero and `-inf`.
+    """
+    rows, num_heads, dim = query.shape
+    tokens_per_block, kv_heads = k_cache.size(1), k_cache.size(2)
+    page_size = tokens_per_block if page_size is None else page_size
+    parts = tokens_per_block // page_size
+    scale = dim**-0.5 if sm_scale is None else sm_scale
+    compute = _compute_dtype(query, k_cache)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format) if out is None else out
+    lse = torch.empty((rows, num_heads), dtype=compute, device=query.device) if lse is None else lse
+    out.zero_()
+    lse.fill_(-torch.inf)
+    for r, length in enumerate(seq_lens.tolist()):
+        length = _clamp_length(length, block_table.size(1) * tokens_per_block)
+        if length == 0:
+            continue
+        num_pages = _ceil_div(length, page_size)
+        blocks_of_request = block_table[r // (rows // block_table.size(0))]
+        for h in range(num_heads):
+            if page_ids is None:
+                pages = torch.arange(num_pages, device=query.device)
+            else:
+                pages = _listed_pages(page_ids, page_counts, r, h * page_ids.size(1) // num_heads)
+                pages = pages[(pages >= 0) & (pages < num_pages - 1)]
+                pages = torch.cat([pages, pages.new_tensor([num_pages - 1])])
+            positions = (pages[:, None] * page_size + torch.arange(page_size, device=query.device)).flatten()
+            positions = positions[positions < length]
+            blocks = blocks_of_request[positions // page_size // parts].long()
+            offsets = positions % tokens_per_block
+            kv_head = h * kv_heads // num_heads
+            keys = k_cache[blocks, offsets, kv_head].to(compute)
+            values = v_cache[blocks, offsets, kv_head].to(compute)
+            logits = keys @ query[r, h].to(compute) * scale
+            out[r, h] = (torch.softmax(logits, 0) @ values).to(out.dtype)
+            lse[r, h] = torch.logsumexp(logits, 0)
+    return out, lse
+
+
+def quest_decode_attention(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_metadata: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    page_budget: int,
+    sink_pages: int,
+    recent_pages: int,
+    head_reduction: str,
+    *,
+    sm_scale: float | None = None,
+    page_budgets: Tensor | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`estimate_page_scores`, `select_topk_pages` and `sparse_decode_attention` in a row: QUEST's decode step."""
+    page_size = k_cache.size(1) // _with_parts(page_metadata).size(2)
+    scores = estimate_page_scores(query, page_metadata, block_table, seq_lens, page_size, head_reduction)
+    page_ids, page_counts = select_topk_pages(
+        scores, seq_lens, page_size, page_budget, sink_pages, recent_pages, page_budgets=page_budgets
+    )
+    return sparse_decode_attention(
+        query,
+        k_cache,
+        v_cache,
+        block_table,
+        seq_lens,
+        page_ids,
+        page_counts,
+        page_size=page_size,
+        sm_scale=sm_scale,
+        out=out,
+        lse=lse,
+    )
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _clamp_length(length: int, table_tokens: int) -> int:
+    return min(max(length, 0), table_tokens)
+
+
+def _compute_dtype(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _with_parts(page_metadata: Tensor) -> Tensor:
+    """`[num_blocks, Hkv, M, 2, D]`; the form without M means one page a block."""
+    return page_metadata if page_metadata.dim() == 5 else page_metadata.unsqueeze(2)
+
+
+def _listed_pages(page_ids: Tensor, page_counts: Tensor | None, row: int, head: int) -> Tensor:
+    listed = page_ids[row, head].long()
+    if page_counts is not None:
+        return listed[: int(page_counts[row, head])]
+    ends = (listed < 0).nonzero()
+    return listed[: int(ends[0])] if ends.numel() else listed
+
+
+def _store_bounds(bounds: Tensor, keys: Tensor) -> None:
+    """Store channel-wise min and max of `keys` `[n, Hkv, D]` into `bounds` `[Hkv, 2, D]`; NaN stays NaN, zero is +0."""
+    # Which of -0 and +0 a min returns depends on the order of the keys: adding +0 leaves one answer.
+    lo, hi = keys.amin(0) + 0.0, keys.amax(0) + 0.0
+    if bounds.dtype == _FP8:
+        lo, hi = _to_fp8_outward(lo, up=False), _to_fp8_outward(hi, up=True)
+    bounds[:, 0] = lo
+    bounds[:, 1] = hi
+
+
+def _to_fp8_outward(x: Tensor, up: bool) -> Tensor:
+    """float8_e4m3fn rounded up or down, saturating at +-448; NaN stays NaN, zero is +0."""
+    grid = torch.arange(256, dtype=torch.uint8, device=x.device).view(_FP8).float()
+    grid = torch.unique(grid[~grid.isnan()] + 0.0)  # ascending, one zero
+    x = x.float()
+    index = torch.searchsorted(grid, x) if up else torch.searchsorted(grid, x, right=True) - 1
+    rounded = grid[index.clamp(0, grid.numel() - 1)]
+    return torch.where(x.isnan(), x, rounded).to(_FP8)

@@ -1,0 +1,72 @@
+import dataclasses
+
+import pytest
+import torch
+
+from quest_ops.config import QuestConfig
+
+
+def test_lengths_become_whole_pages():
+    config = QuestConfig(page_size=32, token_budget=1000, sink_tokens=1, recent_tokens=33)
+    assert (config.page_budget, config.sink_pages, config.recent_pages) == (31, 1, 2)
+    assert QuestConfig(sink_tokens=0).sink_pages == 0
+
+
+def test_defaults_are_those_of_the_design():
+    config = QuestConfig()
+    assert (config.page_budget, config.sink_pages, config.recent_pages) == (128, 1, 4)
+    assert (config.head_reduction, config.dense_layers, config.dense_length) == ("max", (), 2048)
+
+
+def test_paper_has_no_sink_one_recent_page_and_two_dense_layers():
+    for page_size in (8, 128):
+        config = QuestConfig.paper(page_size=page_size)
+        assert (config.sink_pages, config.recent_pages, config.dense_layers) == (0, 1, (0, 1))
+    assert QuestConfig.paper(dense_layers=()).dense_layers == ()
+
+
+def test_dense_length_follows_the_budget_unless_given():
+    assert QuestConfig(token_budget=512).dense_length == 512
+    assert QuestConfig(token_budget=512, dense_below=0).dense_length == 0
+
+
+def test_the_smallest_budget_holds_sink_recent_and_one_page():
+    assert QuestConfig(token_budget=16 * 6).page_budget == 6
+    with pytest.raises(ValueError, match=r"token_budget 95 is 5 pages.*at least 96"):
+        QuestConfig(token_budget=95)
+
+
+def test_a_config_is_frozen_and_hashable():
+    config = QuestConfig(dense_layers=[0, 3])
+    assert config.dense_layers == (0, 3) and hash(config) == hash(QuestConfig(dense_layers=(0, 3)))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.page_size = 32
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "named"),
+    [
+        ({"page_size": 24}, ValueError, "page_size.*24"),
+        ({"page_size": 0}, ValueError, "page_size"),
+        ({"page_size": "16"}, TypeError, "page_size.*'16'"),
+        ({"token_budget": 0}, ValueError, "token_budget"),
+        ({"token_budget": 512.0}, TypeError, "token_budget"),
+        ({"token_budget": True}, TypeError, "token_budget"),
+        ({"sink_tokens": -1}, ValueError, "sink_tokens.*-1"),
+        ({"recent_tokens": 0}, ValueError, "recent_tokens.*0"),
+        ({"dense_below": -1}, ValueError, "dense_below.*-1"),
+        ({"dense_layers": 2}, TypeError, "dense_layers.*2"),
+        ({"dense_layers": (-1,)}, ValueError, "dense_layers.*-1"),
+        ({"dense_layers": ("0",)}, TypeError, "dense_layers.*'0'"),
+        ({"head_reduction": "sum"}, ValueError, "head_reduction.*max.*'sum'"),
+        ({"metadata_dtype": "bfloat16"}, TypeError, "metadata_dtype.*'bfloat16'"),
+        ({"page_budget": 3}, TypeError, "page_budget"),
+    ],
+)
+def test_bad_settings_are_named(settings, error, named):
+    with pytest.raises(error, match=named):
+        QuestConfig(**settings)
+
+
+def test_metadata_dtype_is_a_dtype():
+    assert QuestConfig(metadata_dtype=torch.float16).metadata_dtype == torch.float16
