@@ -2,8 +2,9 @@
 
     python benchmarks/kernels.py --json benchmarks/results/kernels-h100.json --csrc-tree $(git rev-parse HEAD:csrc)
 
-Columns are microseconds a layer: L2 cold, CUDA graph, median of replays, random data. `floor` is 2.3 us + bytes / 2.95 TB/s on an H100: the
-bytes that must move (metadata of all pages, K and V of the chosen ones, q and out), at the rate of scattered 16-byte loads.
+Columns are microseconds a layer: L2 cold, CUDA graph, median of replays, random data. "floor" is 2.3 us + bytes / 2.95 TB/s
+on an H100: the bytes that must move (metadata of all pages, K and V of the chosen ones, q and out) at the rate of scattered
+16-byte loads. "ratio" is FlashInfer's time (SDPA's where it is not installed) over that of "quest".
 """
 
 import argparse
@@ -63,8 +64,10 @@ class Layers:
         self.metadata = [
             torch.empty(blocks, case.kv_heads, 2, HEAD_DIM, device="cuda", dtype=dtype) for _ in self.pools
         ]
-        for k, metadata in zip(self.k, self.metadata):
-            quest_ops.update_page_metadata(k, metadata, self.table, self.lens, torch.zeros_like(self.lens))
+        for i in range(self.count):
+            quest_ops.update_page_metadata(
+                self.k[i], self.metadata[i], self.table, self.lens, torch.zeros_like(self.lens)
+            )
 
     def us(self, call) -> float:
         """`call(i)` for each layer i."""
@@ -76,14 +79,24 @@ def quest_times(layers: Layers) -> dict[str, float]:
     table, lens = layers.table, layers.lens
     scores = [quest_ops.estimate_page_scores(q[i], m[i], table, lens, PAGE, "max") for i in range(layers.count)]
     chosen = [quest_ops.select_topk_pages(s, lens, PAGE, budget, 1, 4) for s in scores]
+    workspace = torch.zeros(quest_ops.ops.WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
+
+    def separate(i):
+        scores = quest_ops.estimate_page_scores(q[i], m[i], table, lens, PAGE, "max")
+        page_ids, counts = quest_ops.select_topk_pages(scores, lens, PAGE, budget, 1, 4)
+        quest_ops.sparse_decode_attention(q[i], k[i], v[i], table, lens, page_ids, counts)
+
+    def quest(i, **options):
+        quest_ops.quest_decode_attention(q[i], k[i], v[i], m[i], table, lens, budget, 1, 4, "max", **options)
+
     return {
         "append": layers.us(lambda i: quest_ops.append_paged_kv(*layers.new_kv, k[i], v[i], m[i], layers.slots)),
         "estimate": layers.us(lambda i: quest_ops.estimate_page_scores(q[i], m[i], table, lens, PAGE, "max")),
         "select": layers.us(lambda i: quest_ops.select_topk_pages(scores[i], lens, PAGE, budget, 1, 4)),
         "attend": layers.us(lambda i: quest_ops.sparse_decode_attention(q[i], k[i], v[i], table, lens, *chosen[i])),
-        "quest": layers.us(
-            lambda i: quest_ops.quest_decode_attention(q[i], k[i], v[i], m[i], table, lens, budget, 1, 4, "max")
-        ),
+        "separate": layers.us(separate),
+        "quest": layers.us(lambda i: quest(i, workspace=workspace)),
+        "quest-no-workspace": layers.us(quest),
         "dense": layers.us(lambda i: quest_ops.sparse_decode_attention(q[i], k[i], v[i], table, lens)),
     }
 
@@ -123,19 +136,20 @@ def flashinfer_us(layers: Layers) -> float | None:
 
 
 def sdpa_us(layers: Layers) -> float:
-    """torch's SDPA on a contiguous cache of the same size, the heads of a group as query positions; its best backend."""
+    """torch's SDPA, its best backend, on a contiguous cache of the same size; a group's heads are query positions."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     case, best = layers.case, math.inf
     shape = (case.batch, case.kv_heads, case.tokens, HEAD_DIM)
     pairs = [pool.view(2, *shape) for pool in layers.pools]
+
+    def attend(i):
+        return F.scaled_dot_product_attention(layers.queries[i].view(*shape[:2], -1, HEAD_DIM), *pairs[i])
+
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
         try:
             with sdpa_kernel(backend):
-                call = lambda i: F.scaled_dot_product_attention(
-                    layers.queries[i].view(*shape[:2], -1, HEAD_DIM), *pairs[i]
-                )
-                best = min(best, layers.us(call))
+                best = min(best, layers.us(attend))
         except RuntimeError as error:  # a backend that does not take these shapes
             print(f"# {case.name}: {backend.name}: {str(error).splitlines()[0]}", file=sys.stderr)
     return best
@@ -158,8 +172,9 @@ def main() -> None:
         parser.error("needs a CUDA device; benchmarks/cpu_decode.py times the CPU kernels")
 
     rows = []
-    columns = ["append", "estimate", "select", "attend", "quest", "floor", "dense", "flashinfer", "sdpa", "ratio"]
-    print(f"{'case':14}" + "".join(f"{c:>11}" for c in columns))
+    paths = ["append", "estimate", "select", "attend", "separate", "quest-no-workspace", "quest", "dense"]
+    columns = [*paths, "floor", "flashinfer", "sdpa", "ratio"]
+    print(f"{'case':14}" + "".join(f"{c[-10:]:>11}" for c in columns))
     for case in CASES:
         if args.case and case.name not in args.case:
             continue
@@ -184,10 +199,7 @@ def main() -> None:
             "sdpa_us": times["sdpa"],
             "floor_us": times["floor"],
         }
-        rows += [
-            {**shared, "path": path, "us": times[path]}
-            for path in ("append", "estimate", "select", "attend", "quest", "dense")
-        ]
+        rows += [{**shared, "path": path, "us": times[path]} for path in paths]
         del layers
         torch.cuda.empty_cache()
     if args.json:

@@ -34,6 +34,7 @@ inline const char* name_of(ScalarType type) {
         case ScalarType::Double: return "float64";
         case ScalarType::Int: return "int32";
         case ScalarType::Long: return "int64";
+        case ScalarType::Byte: return "uint8";
         case ScalarType::Float8_e4m3fn: return "float8_e4m3fn";
         default: return "another dtype";
     }

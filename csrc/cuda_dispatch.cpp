@@ -91,6 +91,27 @@ void sparse_decode_attention(const AttentionParams& params, const torch::stable:
     check(launch_sparse_decode_attention(params, scratch, scope.chip, scope.stream), "sparse_decode_attention", device, scope.chip);
 }
 
+bool fused_quest_decode_attention(const FusedParams& params, const torch::stable::Tensor& like,
+                                  const std::optional<torch::stable::Tensor>& workspace) {
+    const AttentionParams& a = params.attention;
+    const int32_t device = like.get_device_index();
+    const Scope scope(device);
+    const FusedPlan plan = plan_fused(scope.chip, int64_t(a.num_rows) * a.num_kv_heads, a.num_q_heads / a.num_kv_heads, a.head_dim, a.paging.max_pages());
+    if (plan.team_size == 0) return false;
+    const int64_t words = fused_workspace_words(params, plan);
+    torch::stable::Tensor scratch;
+    if (workspace) {
+        if (workspace->numel() < 4 * words) fail("workspace has ", workspace->numel(), " bytes; this call needs ", 4 * words, " (8 MiB suffices for any)");
+        scratch = *workspace;
+    } else {
+        scratch = torch::stable::new_empty(like, {words}, torch::headeronly::ScalarType::Int);
+        check(launch_clear(static_cast<uint32_t*>(scratch.data_ptr()), words, scope.chip, scope.stream), "quest_decode_attention", device, scope.chip);
+    }
+    check(launch_quest_decode_attention(params, plan, static_cast<uint32_t*>(scratch.data_ptr()), scope.chip, scope.stream), "quest_decode_attention",
+          device, scope.chip);
+    return true;
+}
+
 #else
 
 namespace {
@@ -104,6 +125,7 @@ void update_page_metadata(const UpdateParams&, int32_t) { without_cuda(); }
 void estimate_page_scores(const EstimateParams&, int32_t) { without_cuda(); }
 void select_topk_pages(const SelectParams&, int32_t) { without_cuda(); }
 void sparse_decode_attention(const AttentionParams&, const torch::stable::Tensor&) { without_cuda(); }
+bool fused_quest_decode_attention(const FusedParams&, const torch::stable::Tensor&, const std::optional<torch::stable::Tensor>&) { without_cuda(); }
 
 #endif
 

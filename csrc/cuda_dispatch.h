@@ -3,6 +3,8 @@
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
+
 #include "params.h"
 
 namespace quest::cuda {
@@ -13,5 +15,9 @@ void estimate_page_scores(const EstimateParams& params, int32_t device);
 void select_topk_pages(const SelectParams& params, int32_t device);
 // Scratch for the partial results is allocated through torch beside `like`.
 void sparse_decode_attention(const AttentionParams& params, const torch::stable::Tensor& like);
+
+// In one launch, where the planner says so; false, with nothing done, where the portable path is to be taken. Without a workspace,
+// scratch is allocated through torch and cleared first.
+bool fused_quest_decode_attention(const FusedParams& params, const torch::stable::Tensor& like, const std::optional<torch::stable::Tensor>& workspace);
 
 }  // namespace quest::cuda

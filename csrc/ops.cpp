@@ -310,6 +310,14 @@ void bind_output(AttentionParams& params, const Arg& query, const Tensor& out_, 
     params.lse = static_cast<float*>(lse.data());
 }
 
+void check_workspace(const std::optional<Tensor>& workspace_, const Arg& query) {
+    if (!workspace_) return;
+    const Arg workspace("workspace", *workspace_, {1}, "[bytes]");
+    workspace.expect_dtype(ScalarType::Byte);
+    workspace.expect_device_of(query);
+    workspace.expect_aligned_rows();
+}
+
 std::tuple<Tensor, Tensor> new_output(const Tensor& query) {
     return {new_empty(query, {query.size(0), query.size(1), query.size(2)}, query.scalar_type()),
             new_empty(query, {query.size(0), query.size(1)}, ScalarType::Float)};
@@ -365,7 +373,8 @@ std::tuple<Tensor, Tensor> sparse_decode_attention(Tensor query, Tensor k_cache,
 
 void quest_decode_attention_out(Tensor query_, Tensor k_cache_, Tensor v_cache_, Tensor metadata_, Tensor table_, Tensor seq_lens_,
                                 int64_t page_budget, int64_t sink_pages, int64_t recent_pages, std::string head_reduction,
-                                std::optional<double> sm_scale, std::optional<Tensor> page_budgets, Tensor out, Tensor lse) {
+                                std::optional<double> sm_scale, std::optional<Tensor> page_budgets, std::optional<Tensor> workspace,
+                                Tensor out, Tensor lse) {
     const Arg query("query", query_, {3}, "[rows, num_q_heads, head_dim]");
     const Arg k_cache = cache_arg("k_cache", k_cache_), v_cache = cache_arg("v_cache", v_cache_);
     const Arg metadata("page_metadata", metadata_, {4, 5}, kMetadataShape);
@@ -379,12 +388,18 @@ void quest_decode_attention_out(Tensor query_, Tensor k_cache_, Tensor v_cache_,
     int32_t budget_heads;
     const int32_t* budgets = budgets_of(page_budgets, query, query.sizes[0], heads, &budget_heads);
     bind_output(attention, query, out, lse);
+    check_workspace(workspace, query);
     if (query.tensor.numel() == 0) return;
 
     // A budget that covers the whole table leaves nothing to select.
     const int32_t max_pages = estimate.paging.max_pages();
     const bool covers = page_budget >= max_pages && !budgets;
     const int64_t kept = std::min<int64_t>(page_budget, std::max(max_pages, 1));
+    if (query.tensor.is_cuda() && !covers && estimate.head_reduction != HeadReduction::kNone) {
+        const FusedParams fused{attention, estimate.metadata, estimate.head_reduction, budgets, budget_heads, static_cast<int32_t>(kept),
+                                static_cast<int32_t>(sink_pages), static_cast<int32_t>(recent_pages)};
+        if (cuda::fused_quest_decode_attention(fused, query_, workspace)) return;
+    }
     Tensor scores, page_ids, page_counts;
     SelectParams select{};
     if (!covers) {
@@ -420,11 +435,12 @@ void quest_decode_attention_out(Tensor query_, Tensor k_cache_, Tensor v_cache_,
 
 std::tuple<Tensor, Tensor> quest_decode_attention(Tensor query, Tensor k_cache, Tensor v_cache, Tensor metadata, Tensor table, Tensor seq_lens,
                                                   int64_t page_budget, int64_t sink_pages, int64_t recent_pages, std::string head_reduction,
-                                                  std::optional<double> sm_scale, std::optional<Tensor> page_budgets) {
+                                                  std::optional<double> sm_scale, std::optional<Tensor> page_budgets,
+                                                  std::optional<Tensor> workspace) {
     if (query.dim() != 3) fail("query must have shape [rows, num_q_heads, head_dim], got ", query.dim(), " dimensions");
     auto [out, lse] = new_output(query);
     quest_decode_attention_out(query, k_cache, v_cache, metadata, table, seq_lens, page_budget, sink_pages, recent_pages, head_reduction, sm_scale,
-                               page_budgets, out, lse);
+                               page_budgets, workspace, out, lse);
     return {out, lse};
 }
 
@@ -457,10 +473,10 @@ STABLE_TORCH_LIBRARY(quest_ops, library) {
                 "Tensor(a!) out, Tensor(b!) lse) -> ()");
     library.def("quest_decode_attention(Tensor query, Tensor k_cache, Tensor v_cache, Tensor page_metadata, Tensor block_table, "
                 "Tensor seq_lens, int page_budget, int sink_pages, int recent_pages, str head_reduction, *, float? sm_scale=None, "
-                "Tensor? page_budgets=None) -> (Tensor, Tensor)");
+                "Tensor? page_budgets=None, Tensor(a!)? workspace=None) -> (Tensor, Tensor)");
     library.def("quest_decode_attention_out(Tensor query, Tensor k_cache, Tensor v_cache, Tensor page_metadata, Tensor block_table, "
                 "Tensor seq_lens, int page_budget, int sink_pages, int recent_pages, str head_reduction, *, float? sm_scale=None, "
-                "Tensor? page_budgets=None, Tensor(a!) out, Tensor(b!) lse) -> ()");
+                "Tensor? page_budgets=None, Tensor(a!)? workspace=None, Tensor(b!) out, Tensor(c!) lse) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(quest_ops, CPU, library) { quest::implement(library); }

@@ -101,4 +101,14 @@ struct AttentionParams {
     DType dtype;
 };
 
+// quest_decode_attention in one launch: `attention` has no page ids.
+struct FusedParams {
+    AttentionParams attention;
+    Metadata metadata;
+    HeadReduction head_reduction;  // kMax or kMean
+    const int32_t* page_budgets;   // [R, 1 or Hkv] or null
+    int32_t budget_heads;
+    int32_t page_budget, sink_pages, recent_pages;
+};
+
 }  // namespace quest

@@ -13,7 +13,8 @@ from quest_ops.config import QuestConfig, check_int
 from quest_ops.dense import causal_attention, gather_kv
 
 BACKENDS = ("quest", "dense", "sdpa", "flashinfer")
-MAX_ROWS_PER_REQUEST = 8  # of the decode ops
+MAX_ROWS_PER_REQUEST = 8  # of the decode ops, as is
+MAX_GROUP = 16  # query heads a KV head
 
 
 class QuestAttention:
@@ -21,20 +22,20 @@ class QuestAttention:
 
     config, cache: their page_size must agree. num_query_heads: a multiple of the cache's num_kv_heads.
     backend: how decode steps attend.
-        "quest": Quest, but for `config.dense_layers` and for steps whose sequences are all within `config.dense_length`.
+        "quest": Quest, but for `config.dense_layers` and steps of sequences of at most `config.dense_length` tokens.
         "dense": to the whole cache, with this library's paged kernel.
         "sdpa": to the whole cache, with torch's scaled_dot_product_attention on a gathered copy of each sequence's K
             and V: the answer to compare with. The copy is part of its time, and it cannot be captured in a CUDA graph.
-        "flashinfer": to the whole cache, with FlashInfer's paged decode, on a GPU. The output of an empty slot is
-            unspecified there; elsewhere it is zero.
-    max_batch_size, max_sequence_tokens: the most sequences of a step and tokens of a sequence: the sizes of the buffers.
+        "flashinfer": to the whole cache, with FlashInfer's paged decode, on a GPU.
+    max_batch_size, max_sequence_tokens: most sequences of a step and tokens of a sequence; they size the buffers.
     sm_scale: factor on q . k; None: 1 / sqrt(head_dim).
 
     A step is one `plan` and then `run` for each layer, on one stream. `plan` works on the host and makes one small
-    asynchronous copy, two when a sequence got another block. `run` of a decode step reads only `block_table`
-    [max_batch_size, max_blocks] int32, `slot_mapping` [N] int64, `positions` [N] int64 and `seq_lens` [N] int32, which
-    stay at their addresses: a CUDA graph of it may be replayed after every `plan` of as many sequences and tokens and of
-    the same `step_kind` ("quest", "dense" or "prefill"). Prefill steps have tensors of their own.
+    asynchronous copy, two when a sequence got another block. In a decode step `block_table` [max_batch_size,
+    max_blocks] int32, `seq_lens` [N] int32, `slot_mapping` [N] int64 and, for the caller's RoPE, `positions` [N] int64
+    stay at their addresses and are all that `run` reads of the step: a CUDA graph of it may be replayed after every
+    `plan` of as many sequences and tokens and of the same `step_kind` ("quest" or "dense"). A prefill step ("prefill")
+    has tensors of its own.
     """
 
     def __init__(
@@ -63,6 +64,10 @@ class QuestAttention:
             raise ValueError(f"config.metadata_dtype is {config.metadata_dtype}, the cache's is {cache.metadata_dtype}")
         if num_query_heads % cache.num_kv_heads:
             raise ValueError(f"num_query_heads {num_query_heads} is no multiple of {cache.num_kv_heads} KV heads")
+        if num_query_heads > MAX_GROUP * cache.num_kv_heads:
+            raise ValueError(
+                f"num_query_heads {num_query_heads} is more than {MAX_GROUP} for each of {cache.num_kv_heads} KV heads"
+            )
         if any(layer >= cache.num_layers for layer in config.dense_layers):
             raise ValueError(f"config.dense_layers is {config.dense_layers}, the cache has {cache.num_layers} layers")
         if sm_scale is not None and not (isinstance(sm_scale, (int, float)) and 0 < sm_scale < math.inf):
@@ -75,6 +80,9 @@ class QuestAttention:
         self.max_sequence_tokens = max_sequence_tokens
         self.sm_scale = cache.head_dim**-0.5 if sm_scale is None else float(sm_scale)
         self._dense_layers = frozenset(config.dense_layers)
+        self._workspace = None  # where the blocks of a one-launch step meet
+        if backend == "quest" and cache.device.type == "cuda":
+            self._workspace = torch.zeros(ops.WORKSPACE_BYTES, dtype=torch.uint8, device=cache.device)
         self._flashinfer = None
         if backend == "flashinfer":
             from quest_ops.integrations.flashinfer_backend import FlashInferDecode
@@ -141,7 +149,8 @@ class QuestAttention:
         """Appends the step's K and V to the cache of a layer, and attends.
 
         query [N, Hq, D], key and value [N, Hkv, D], after RoPE, in the cache's dtype and on its device; N and the order
-        of the rows as planned. Returns [N, Hq, D]. The keys and values of an empty slot are ignored.
+        of the rows as planned. Returns [N, Hq, D]. The keys and values of an empty slot are ignored, its output is
+        zero.
         """
         self._check_inputs(layer, query, key, value)
         cache, config = self.cache, self.config
@@ -174,6 +183,7 @@ class QuestAttention:
             config.recent_pages,
             config.head_reduction,
             sm_scale=self.sm_scale,
+            workspace=self._workspace,
         )
         return out
 
@@ -185,13 +195,15 @@ class QuestAttention:
         counts = list(new_tokens) if isinstance(new_tokens, (list, tuple)) else [new_tokens] * len(seqs)
         if len(counts) != len(seqs):
             raise ValueError(f"new_tokens has {len(counts)} entries for {len(seqs)} seqs")
-        for seq, count in zip(seqs, counts):
+        for seq, count in zip(seqs, counts, strict=True):
             if seq is None and isinstance(new_tokens, (list, tuple)):
                 continue
             check_int("new_tokens", count, 1)
             length = 0 if seq is None else self.cache.length(seq) + count
             if length > self.max_sequence_tokens:
-                raise ValueError(f"sequence {seq} would hold {length} tokens, max_sequence_tokens is {self.max_sequence_tokens}")
+                raise ValueError(
+                    f"sequence {seq} would hold {length} tokens, max_sequence_tokens is {self.max_sequence_tokens}"
+                )
         return counts
 
     def _check_inputs(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -202,9 +214,14 @@ class QuestAttention:
         if query.shape != self._query_shape:
             raise ValueError(f"query must be {list(self._query_shape)} as planned, got {list(query.shape)}")
         if key.shape != self._key_shape or value.shape != self._key_shape:
-            raise ValueError(f"key and value must be {list(self._key_shape)} as planned, got {list(key.shape)}, {list(value.shape)}")
+            raise ValueError(
+                f"key and value must be {list(self._key_shape)} as planned, got {list(key.shape)}, {list(value.shape)}"
+            )
         if query.dtype != self.cache.dtype or query.device != self.cache.device:
-            raise ValueError(f"query must be {self.cache.dtype} on {self.cache.device} as the cache, got {query.dtype} on {query.device}")
+            raise ValueError(
+                f"query must be {self.cache.dtype} on {self.cache.device} as the cache, "
+                f"got {query.dtype} on {query.device}"
+            )
 
     def _slices(self, buffer: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
         """slot_mapping, positions [rows] int64 and seq_lens [rows] int32 within a step buffer."""
@@ -228,7 +245,7 @@ class QuestAttention:
         # Fresh pinned memory for every copy: torch's host allocator reuses it only when the copy is done.
         on_cpu = self.cache.device.type == "cpu"
         host = self._step_buffer if on_cpu else torch.empty_like(self._step_buffer, device="cpu", pin_memory=True)
-        for to, numbers in zip(self._slices(host, len(slots)), (slots, positions, lengths)):
+        for to, numbers in zip(self._slices(host, len(slots)), (slots, positions, lengths), strict=True):
             to.copy_(torch.tensor(numbers, dtype=to.dtype))
         if not on_cpu:
             self._step_buffer.copy_(host, non_blocking=True)
@@ -254,10 +271,11 @@ class QuestAttention:
             row = self._host_table[b, : len(sequence.blocks)]
             now = torch.frombuffer(sequence.blocks, dtype=torch.int32)
             changed = (row != now).nonzero().flatten()
-            row[changed] = now[changed]
-            places.append(changed + b * self._host_table.size(1))
-            blocks.append(now[changed].long())
             self._table_rows[b] = shown
+            if changed.numel():
+                row[changed] = now[changed]
+                places.append(changed + b * self._host_table.size(1))
+                blocks.append(now[changed].long())
         if places and self.cache.device.type != "cpu":
             places, blocks = self._to_device(torch.stack([torch.cat(places), torch.cat(blocks)]))
             self.block_table.view(-1).scatter_(0, places, blocks.int())

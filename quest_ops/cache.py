@@ -93,9 +93,13 @@ class PagedKVCache:
             check_int("max_sequence_tokens", max_sequence_tokens, 1)
         self.max_sequence_tokens = max_sequence_tokens
 
-        self.pool = torch.empty(num_layers, num_blocks, 2, num_kv_heads, self.block_size, head_dim, dtype=dtype, device=self.device)
+        self.pool = torch.empty(
+            num_layers, num_blocks, 2, num_kv_heads, self.block_size, head_dim, dtype=dtype, device=self.device
+        )
         self.device = self.pool.device  # "cuda" has become "cuda:0"
-        metadata = torch.empty(num_layers, num_blocks, num_kv_heads, pages_per_block, 2, head_dim, dtype=dtype, device=self.device)
+        metadata = torch.empty(
+            num_layers, num_blocks, num_kv_heads, pages_per_block, 2, head_dim, dtype=dtype, device=self.device
+        )
         self._metadata = metadata
         # Views are made once: a layer of a decode step has no time for them.
         self._layers = [(kv[:, 0].transpose(1, 2), kv[:, 1].transpose(1, 2)) for kv in self.pool]
@@ -182,11 +186,12 @@ class PagedKVCache:
             raise ValueError(f"extend_all takes different sequences and a count for each, got {seqs} and {counts}")
         given_up: Counter[int] = Counter()  # references that the copies of this call drop
         copies, added = [], []
-        for seq, sequence, n in zip(seqs, sequences, counts):
+        for seq, sequence, n in zip(seqs, sequences, counts, strict=True):
             length = sequence.length + check_int("n", n, 0)
             if self.max_sequence_tokens is not None and length > self.max_sequence_tokens:
                 raise ValueError(
-                    f"sequence {seq} would hold {length} tokens ({sequence.length} + {n}); this cache allows {self.max_sequence_tokens}"
+                    f"sequence {seq} would hold {length} tokens ({sequence.length} + {n}); "
+                    f"this cache allows {self.max_sequence_tokens}"
                 )
             added.append(-(-length // self.block_size) - len(sequence.blocks))
             copy = False
@@ -197,7 +202,7 @@ class PagedKVCache:
             copies.append(copy)
         self._check_free(sum(added) + sum(copies))
 
-        for sequence, n, copy, blocks in zip(sequences, counts, copies, added):
+        for sequence, n, copy, blocks in zip(sequences, counts, copies, added, strict=True):
             if copy:
                 shared = sequence.blocks[-1]
                 sequence.blocks[-1] = self._copy_block(shared)
@@ -240,7 +245,8 @@ class PagedKVCache:
     def _check_free(self, needed: int) -> None:
         if needed > len(self._free):
             raise OutOfPagesError(
-                f"{needed} blocks of {self.block_size} tokens are needed, {len(self._free)} of {self.num_blocks} are free"
+                f"{needed} blocks of {self.block_size} tokens are needed, "
+                f"{len(self._free)} of {self.num_blocks} are free"
             )
 
     def _take(self, count: int) -> array:

@@ -67,8 +67,9 @@ class QuestConfig:
         needed = self.sink_pages + self.recent_pages + 1
         if self.page_budget < needed:
             raise ValueError(
-                f"token_budget {self.token_budget} is {self.page_budget} pages of {self.page_size} tokens; it must hold "
-                f"sink ({self.sink_pages}) + recent ({self.recent_pages}) + 1 pages: at least {needed * self.page_size}"
+                f"token_budget {self.token_budget} is {self.page_budget} pages of {self.page_size} tokens; it must "
+                f"hold sink ({self.sink_pages}) + recent ({self.recent_pages}) + 1 pages: "
+                f"at least {needed * self.page_size}"
             )
 
     @classmethod

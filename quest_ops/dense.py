@@ -10,7 +10,7 @@ MAX_MASK_ELEMENTS = 1 << 22  # 16 MiB of float32: queries beyond it go in pieces
 
 
 def gather_kv(pool: Tensor, blocks: Tensor | slice, length: int) -> Tensor:
-    """The first `length` tokens of some blocks of a layer's pool [num_blocks, 2, Hkv, S, D]: K and V [2, Hkv, length, D].
+    """K and V [2, Hkv, length, D] of the tokens in some blocks of a layer's pool [num_blocks, 2, Hkv, S, D].
 
     blocks: a slice of the pool, or an int32 index on its device. Either way the tokens are copied: in the pool K and V,
     and heads within them, alternate from block to block.

@@ -23,6 +23,8 @@ from torch import Tensor
 
 _ops = torch.ops.quest_ops
 
+WORKSPACE_BYTES = 8 << 20  # of `quest_decode_attention`'s workspace: enough for any call
+
 
 def append_paged_kv(
     key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, page_metadata: Tensor, slot_mapping: Tensor
@@ -162,6 +164,7 @@ def quest_decode_attention(
     *,
     sm_scale: float | None = None,
     page_budgets: Tensor | None = None,
+    workspace: Tensor | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -169,6 +172,10 @@ def quest_decode_attention(
 
     Equal to the composition of the three; arguments and results are theirs. A page is `S / M` tokens, from the shapes of the cache and
     its metadata. Rows whose pages fit the budget are attended in full.
+
+    On a GPU of compute capability 9.0 and later the whole step is one launch wherever its blocks fit the chip together. They exchange
+    scores through `workspace`: uint8, zeros at first use, 8 MiB for any call, left as zeros; calls that may run at the same time need one each.
+    None: fresh scratch, cleared by a launch of its own (about 1 us).
     """
     if _checking():
         _check_block_table(block_table, seq_lens, k_cache.size(1), k_cache.size(0))
@@ -185,9 +192,13 @@ def quest_decode_attention(
         head_reduction,
     )
     if out is None and lse is None:
-        return _ops.quest_decode_attention(*arguments, sm_scale=sm_scale, page_budgets=page_budgets)
+        return _ops.quest_decode_attention(
+            *arguments, sm_scale=sm_scale, page_budgets=page_budgets, workspace=workspace
+        )
     out, lse = _both_outputs(query, out, lse)
-    _ops.quest_decode_attention_out(*arguments, sm_scale=sm_scale, page_budgets=page_budgets, out=out, lse=lse)
+    _ops.quest_decode_attention_out(
+        *arguments, sm_scale=sm_scale, page_budgets=page_budgets, workspace=workspace, out=out, lse=lse
+    )
     return out, lse
 
 
@@ -261,7 +272,7 @@ def _(
 
 @torch.library.register_fake("quest_ops::quest_decode_attention")
 def _(query, k_cache, v_cache, page_metadata, block_table, seq_lens, page_budget, sink_pages, recent_pages, head_reduction, *,
-      sm_scale=None, page_budgets=None):  # fmt: skip
+      sm_scale=None, page_budgets=None, workspace=None):  # fmt: skip
     return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=torch.float32)
 
 
@@ -285,5 +296,5 @@ def _(
 
 @torch.library.register_fake("quest_ops::quest_decode_attention_out")
 def _(query, k_cache, v_cache, page_metadata, block_table, seq_lens, page_budget, sink_pages, recent_pages, head_reduction, *,
-      sm_scale=None, page_budgets=None, out, lse):  # fmt: skip
+      sm_scale=None, page_budgets=None, workspace=None, out, lse):  # fmt: skip
     return None

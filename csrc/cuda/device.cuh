@@ -23,12 +23,14 @@ struct Packed<half> {
     using Pair = half2;
     static __device__ float2 to_floats(half2 x) { return __half22float2(x); }
     static __device__ half2 from_floats(float a, float b) { return __floats2half2_rn(a, b); }
+    static __device__ half from_float(float x) { return __float2half_rn(x); }
 };
 template <>
 struct Packed<__nv_bfloat16> {
     using Pair = __nv_bfloat162;
     static __device__ float2 to_floats(__nv_bfloat162 x) { return __bfloat1622float2(x); }
     static __device__ __nv_bfloat162 from_floats(float a, float b) { return __floats2bfloat162_rn(a, b); }
+    static __device__ __nv_bfloat16 from_float(float x) { return __float2bfloat16_rn(x); }
 };
 
 template <class To, class From>
@@ -110,19 +112,25 @@ __device__ __forceinline__ const T* row_of(const Rows& rows, int64_t row, int64_
     return static_cast<const T*>(rows.data) + row * rows.row_stride + head * rows.head_stride;
 }
 
-// Launches with the attribute that lets the kernel overlap its predecessor, where the chip has it.
+// Launches so that the kernel may overlap its predecessor, where the chip has that. `gang`: all blocks at once or none (cooperative), for
+// blocks that wait for each other.
 template <class... Params, class... Args>
-cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, Chip chip, cudaStream_t stream, Args&&... args) {
+cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, Chip chip, cudaStream_t stream, bool gang, Args&&... args) {
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = block;
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
-    cudaLaunchAttribute overlap{};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &overlap;
-    config.numAttrs = overlaps_launches(chip) ? 1 : 0;
+    cudaLaunchAttribute attributes[2]{};
+    config.attrs = attributes;
+    if (overlaps_launches(chip)) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (gang) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
+        attributes[config.numAttrs++].val.cooperative = 1;
+    }
     return cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
 }
 

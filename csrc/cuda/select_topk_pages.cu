@@ -4,7 +4,7 @@
 namespace quest::cuda {
 
 cudaError_t launch_select_topk_pages(const SelectParams& p, Chip chip, cudaStream_t stream) {
-    return launch(select_topk_pages_kernel, dim3(p.num_heads, p.num_rows), kSelectThreads, 0, chip, stream, p);
+    return launch(select_topk_pages_kernel, dim3(p.num_heads, p.num_rows), kSelectThreads, 0, chip, stream, false, p);
 }
 
 }  // namespace quest::cuda

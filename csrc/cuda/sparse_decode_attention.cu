@@ -16,9 +16,9 @@ cudaError_t launch_sparse_decode_attention(const AttentionParams& p, const Atten
         using T = decltype(element);
         constexpr int D = head_dim();
         const size_t shared_bytes = size_t(kWarpsPerBlock) * most_heads * D * sizeof(float);  // at most 32 KB
-        const cudaError_t error = launch(sparse_decode_attention_kernel<T, D>, grid, block, shared_bytes, chip, stream, p, scratch);
+        const cudaError_t error = launch(sparse_decode_attention_kernel<T, D>, grid, block, shared_bytes, chip, stream, false, p, scratch);
         if (error != cudaSuccess || scratch.num_splits == 1) return error;
-        return launch(merge_splits_kernel<T, D>, dim3(p.num_q_heads, p.num_rows), block, 0, chip, stream, p, scratch);
+        return launch(merge_splits_kernel<T, D>, dim3(p.num_q_heads, p.num_rows), block, 0, chip, stream, false, p, scratch);
     });
 }
 
