@@ -97,7 +97,7 @@ bool fused_quest_decode_attention(const FusedParams& params, const torch::stable
     const int32_t device = like.get_device_index();
     const Scope scope(device);
     const FusedPlan plan = plan_fused(scope.chip, int64_t(a.num_rows) * a.num_kv_heads, a.num_q_heads / a.num_kv_heads, a.head_dim, a.paging.max_pages());
-    if (plan.team_size == 0) return false;
+    if (plan.team_log2 < 0) return false;
     const int64_t words = fused_workspace_words(params, plan);
     torch::stable::Tensor scratch;
     if (workspace) {

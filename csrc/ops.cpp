@@ -101,7 +101,8 @@ Paging paging_of(const Arg& table, const Arg& beside, int64_t page_size, int64_t
     const int64_t pages = table.sizes[1] * pages_per_block;
     narrow("block_table's capacity in tokens", pages * page_size);
     return {table.data_as<const int32_t>(), table.stride_of(0), static_cast<int32_t>(table.sizes[1]),
-            static_cast<int32_t>(page_size), static_cast<int32_t>(pages_per_block)};
+            static_cast<int32_t>(page_size), static_cast<int32_t>(pages_per_block),
+            pages_per_block == 1 ? 0 : static_cast<uint32_t>(UINT32_MAX / pages_per_block + 1)};
 }
 
 const int32_t* lengths_of(const Arg& lengths, int64_t expected, const char* meaning, const Arg& beside) {
@@ -395,8 +396,8 @@ void quest_decode_attention_out(Tensor query_, Tensor k_cache_, Tensor v_cache_,
     const int32_t max_pages = estimate.paging.max_pages();
     const bool covers = page_budget >= max_pages && !budgets;
     const int64_t kept = std::min<int64_t>(page_budget, std::max(max_pages, 1));
-    if (query.tensor.is_cuda() && !covers && estimate.head_reduction != HeadReduction::kNone) {
-        const FusedParams fused{attention, estimate.metadata, estimate.head_reduction, budgets, budget_heads, static_cast<int32_t>(kept),
+    if (query.tensor.is_cuda() && estimate.head_reduction != HeadReduction::kNone) {
+        const FusedParams fused{attention, estimate.metadata, narrow("num_blocks", metadata.sizes[0]), estimate.head_reduction, budgets, budget_heads, static_cast<int32_t>(kept),
                                 static_cast<int32_t>(sink_pages), static_cast<int32_t>(recent_pages)};
         if (cuda::fused_quest_decode_attention(fused, query_, workspace)) return;
     }

@@ -33,6 +33,7 @@ struct Paging {
     int32_t max_blocks;
     int32_t page_size;
     int32_t pages_per_block;  // M
+    uint32_t reciprocal;      // 2^32 / M rounded up, so that a kernel divides by multiplying; 0 where M is 1
 
     int32_t block_size() const { return page_size * pages_per_block; }  // S
     int32_t max_pages() const { return max_blocks * pages_per_block; }  // P
@@ -105,6 +106,7 @@ struct AttentionParams {
 struct FusedParams {
     AttentionParams attention;
     Metadata metadata;
+    int32_t num_blocks;            // of the pool
     HeadReduction head_reduction;  // kMax or kMean
     const int32_t* page_budgets;   // [R, 1 or Hkv] or null
     int32_t budget_heads;

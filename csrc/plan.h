@@ -56,30 +56,31 @@ inline int32_t plan_attention_splits(Chip chip, int64_t items, int64_t tiles, in
     return best;
 }
 
-// The fused decode: a team of `team_size` blocks for each (row, KV head), all of them resident. team_size 0: take the portable path.
+// The fused decode: a team of 2^team_log2 blocks for each (row, KV head), all of them resident. team_log2 < 0: take the portable path.
 struct FusedPlan {
-    int32_t team_size, resident, keys_per_thread;  // blocks a team, blocks an SM, keys a thread holds while it selects
+    int32_t team_log2;
+    int32_t keys_per_thread;  // that a thread holds while it selects: 8 or 32
+    int32_t group;            // query heads a KV head
 };
 
-constexpr int kMaxTeam = 16;
 constexpr int kMaxFusedPages = 32 * 256;  // 32 keys for each of a block's 256 threads
+constexpr int kMaxTeam = 16;
 constexpr int kMaxFusedGroup = 8;         // query heads a KV head: the columns of an mma
 
 inline FusedPlan plan_fused(Chip chip, int64_t teams, int32_t group, int32_t head_dim, int32_t max_pages) {
-    const FusedPlan portable{0, 0, 0};
-    if (chip.capability < 90 || group > kMaxFusedGroup || max_pages > kMaxFusedPages || teams == 0) return portable;
+    if (chip.capability < 90 || group > kMaxFusedGroup || max_pages > kMaxFusedPages || teams == 0) return {-1, 0, group};
     const int32_t keys = max_pages <= 8 * 256 ? 8 : 32;
-    if (teams * kMaxTeam <= chip.num_sms) return {kMaxTeam, 1, keys};
-    const int32_t resident = head_dim <= 128 ? 2 : 1;  // registers
-    for (int32_t size = kMaxTeam; size >= 2; size /= 2)
-        if (teams * size <= int64_t(chip.num_sms) * resident) return {size, resident, keys};
-    return portable;
+    if (teams * 16 <= chip.num_sms) return {4, keys, group};  // a block an SM: the next launch's blocks fit beside them
+    const int64_t resident = int64_t(chip.num_sms) * (head_dim <= 128 ? 2 : 1);
+    for (int32_t log2 = 4; log2 >= 1; --log2)
+        if (teams << log2 <= resident) return {log2, keys, group};
+    return {-1, 0, group};
 }
 
 // Words of workspace: the keys of a team's pages, and all that a team exchanges. Multiples of 4, so that blocks move 16 bytes at once.
 QUEST_HOST_DEVICE inline int64_t fused_key_words(int32_t max_pages) { return (max_pages + 3) / 4 * 4; }
 QUEST_HOST_DEVICE inline int64_t fused_team_words(int32_t team_size, int32_t group, int32_t head_dim, int32_t max_pages) {
-    return fused_key_words(max_pages) + int64_t(team_size) * group * head_dim + (team_size * team_size * group * 2 + 3) / 4 * 4;
+    return kMaxTeam + fused_key_words(max_pages) + int64_t(2) * team_size * group * head_dim;
 }
 
 }  // namespace quest

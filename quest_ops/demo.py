@@ -170,7 +170,7 @@ def draw_pages(path: Path, generation: Generation, prompt: Prompt, quest: QuestC
         2, 1, figsize=(13, 8), height_ratios=[shares.size(1), 1.8 * len(shares)], sharex=True, layout="constrained"
     )
     for axes, picture, label in ((layers, shares.mean(0), "layer"), (steps, shares.mean(1), "token written")):
-        image = axes.imshow(picture, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+        image = axes.imshow(picture.numpy(), aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
         axes.axvspan(key_pages[0] - 0.5, key_pages[1] + 0.5, fill=False, edgecolor="red", linewidth=1.5)
         axes.set_ylabel(label)
     layers.annotate(

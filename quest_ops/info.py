@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 
 MIN_CAPABILITY = (8, 0)  # the kernels multiply bfloat16 on tensor cores
+FUSED_CAPABILITY = (9, 0)  # csrc/plan.h: plan_fused
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,10 @@ def how_arch_runs(arch: str, capability: tuple[int, int]) -> str | None:
 
     Compiled code runs on its own major version from its minor version on, PTX on every later chip too; names that end
     in "a" run on that very chip, in "f" on its major version (CUDA C++ Programming Guide, "Compute capabilities").
+    "all" and "all-major" hold code for each chip that nvcc knows.
     """
+    if arch in ("all", "all-major"):
+        return "compiled"
     match = re.fullmatch(r"(\d+)(\d)([af]?)(-real|-virtual)?", arch)
     if match is None:
         raise ValueError(f"arch must look like '90', '90a', '90-real' or '90-virtual', got {arch!r}")
@@ -89,8 +93,10 @@ def describe_device(device: Device, system: System) -> tuple[bool, str]:
             f"{system.built_cuda}: update the driver, or rebuild with QUEST_OPS_CUDA_ARCHS={sm}"
         )
     code = compiled[-1] if compiled else f"{ptx[-1]} (PTX, compiled by the driver at first use)"
-    overlap = ", launches overlapped" if device.capability >= (9, 0) else ""
-    return True, f"portable CUDA kernels{overlap}: code for {code}"
+    path = "portable CUDA kernels"
+    if device.capability >= FUSED_CAPABILITY:
+        path = "fused CUDA kernel for quest_decode_attention where a step fits the chip, else " + path
+    return True, f"{path}; code for {code}"
 
 
 def find_problems(system: System) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 
 class ProgressBars:
@@ -17,7 +17,6 @@ class ProgressBars:
         self._progress = Progress(*columns, console=console, transient=console.is_terminal)
 
     def __enter__(self) -> ProgressBars:
-        self._progress.start()
         return self
 
     def __exit__(self, *_) -> None:
@@ -34,7 +33,7 @@ class ProgressBars:
 
         def update(done: int, total: int | None) -> None:
             if not tasks:
-                tasks.append(self._progress.add_task(f"{label}, MB", total=None))
+                tasks.append(self._add(f"{label}, MB", None))
             self._progress.update(tasks[0], completed=done // 10**6, total=total and total // 10**6)
 
         return update
@@ -45,7 +44,12 @@ class ProgressBars:
 
         def update(phase: str, done: int, total: int) -> None:
             if phase not in tasks:
-                tasks[phase] = self._progress.add_task(f"{label}: {phase}", total=total)
+                tasks[phase] = self._add(f"{label}: {phase}", total)
             self._progress.update(tasks[phase], completed=done)
 
         return update
+
+    def _add(self, description: str, total: int | None) -> TaskID:
+        if not self._progress.tasks:  # the display starts with its first bar, so that without one nothing is printed
+            self._progress.start()
+        return self._progress.add_task(description, total=total)

@@ -95,10 +95,27 @@ __device__ __forceinline__ void let_successor_start() {
 #endif
 }
 
-// What a row may see: its length clamped to the table.
-__device__ __forceinline__ int visible_tokens(int seq_len, const Paging& paging) {
-    return min(max(seq_len, 0), paging.max_blocks * paging.page_size * paging.pages_per_block);
-}
+__device__ __forceinline__ int log2_of(int power_of_two) { return 31 - __clz(power_of_two); }
+
+// A request's pages, without divisions: they would cost more than the loads they lead to.
+struct PageTable {
+    const int32_t* blocks;
+    int page_shift, pages_per_block, max_pages;
+    uint32_t reciprocal;
+
+    __device__ __forceinline__ PageTable(const Paging& p, int64_t request)
+        : blocks(p.block_table + request * p.table_stride), page_shift(log2_of(p.page_size)), pages_per_block(p.pages_per_block),
+          max_pages(p.max_blocks * p.pages_per_block), reciprocal(p.reciprocal) {}
+
+    // A row's length clamped to the table, and how many pages that is.
+    __device__ __forceinline__ int visible(int seq_len) const { return min(max(seq_len, 0), max_pages << page_shift); }
+    __device__ __forceinline__ int pages(int tokens) const { return (tokens + (1 << page_shift) - 1) >> page_shift; }
+
+    // Page i is part i % M of block i / M. Exact for every page number: they stay under 2^28.
+    __device__ __forceinline__ int entry(int page) const { return reciprocal == 0 ? page : __umulhi(page, reciprocal); }
+    __device__ __forceinline__ int part(int page) const { return page - entry(page) * pages_per_block; }
+    __device__ __forceinline__ int block(int page) const { return blocks[entry(page)]; }
+};
 
 template <class T>
 __device__ __forceinline__ void store_four(T* to, const float4& v) {
@@ -110,6 +127,13 @@ __device__ __forceinline__ void store_four(T* to, const float4& v) {
 template <class T>
 __device__ __forceinline__ const T* row_of(const Rows& rows, int64_t row, int64_t head) {
     return static_cast<const T*>(rows.data) + row * rows.row_stride + head * rows.head_stride;
+}
+
+// This lane's part of a head's query: channels 32 c + 8 t .. + 7 for each c.
+template <class T, int D>
+__device__ __forceinline__ void load_query(uint4 (&query)[D / 32], const T* head) {
+#pragma unroll
+    for (int c = 0; c < D / 32; ++c) query[c] = *reinterpret_cast<const uint4*>(head + 32 * c + threadIdx.x % 4 * 8);
 }
 
 // Launches so that the kernel may overlap its predecessor, where the chip has that. `gang`: all blocks at once or none (cooperative), for

@@ -13,29 +13,39 @@ __global__ void __launch_bounds__(kWarp * kWarpsPerBlock) estimate_page_scores_k
 
     const int row = blockIdx.z, kv_head = blockIdx.y;
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t = lane % 4;
-    const int group = p.num_q_heads / p.num_kv_heads, max_pages = p.paging.max_blocks * p.paging.pages_per_block;
-    const int tokens = visible_tokens(p.seq_lens[row], p.paging), num_pages = (tokens + p.paging.page_size - 1) / p.paging.page_size;
+    const PageTable table(p.paging, row / p.rows_per_request);
+    const int group = p.num_q_heads / p.num_kv_heads, max_pages = table.max_pages, num_pages = table.pages(table.visible(p.seq_lens[row]));
     if (p.skip_pages > 0 && num_pages <= p.skip_pages) return;
     const int last = p.fill_tail ? max_pages : num_pages;
-    const int32_t* table = p.paging.block_table + row / p.rows_per_request * p.paging.table_stride;
     const T* metadata = static_cast<const T*>(p.metadata.data) + kv_head * p.metadata.head_stride;
-    const bool by_query_head = p.head_reduction == HeadReduction::kNone;
+    const bool by_query_head = p.head_reduction == HeadReduction::kNone, use_max = p.head_reduction == HeadReduction::kMax;
 
     auto store = [&](int64_t heads, int head, int page, float score) {
         if (page < last) p.scores[(row * heads + head) * max_pages + page] = page < num_pages ? score : -INFINITY;
     };
     for (int first = (blockIdx.x * kWarpsPerBlock + warp) * kTileTokens; first < last; first += gridDim.x * kWarpsPerBlock * kTileTokens) {
-        PageTile<T, D> tile;
-        tile.load(metadata, p.metadata.block_stride, table, p.paging.pages_per_block, first, num_pages);
-        float scores[2];
-        score_tile(tile, row_of<T>(p.query, row, kv_head * group), p.query.head_stride, group, p.head_reduction == HeadReduction::kMax, scores,
-                   [&](int column, int half_tile, float score) {
-                       if (by_query_head) store(p.num_q_heads, kv_head * group + column, first + g + 8 * half_tile, score);
-                   });
-        if (t == 0 && !by_query_head) {
-            store(p.num_kv_heads, kv_head, first + g, scores[0]);
-            store(p.num_kv_heads, kv_head, first + g + 8, scores[1]);
+        PagePlace places[2];
+#pragma unroll
+        for (int half_tile = 0; half_tile < 2; ++half_tile) {
+            const int page = first + g + 8 * half_tile;
+            places[half_tile] = {page < num_pages ? table.block(page) : -1, table.part(page)};
         }
+        PageTile<T, D> tile;
+        tile.load(metadata, p.metadata.block_stride, places);
+        HeadReducer reducer;
+        for (int first_head = 0; first_head < group; first_head += 8) {
+            uint4 query[D / 32];
+            load_query<T, D>(query, row_of<T>(p.query, row, kv_head * group + min(first_head + g, group - 1)));
+            float c[4] = {};
+            tile.multiply(c, query);
+            reducer.include(c, first_head, group);
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                if (by_query_head && first_head + 2 * t + i % 2 < group)
+                    store(p.num_q_heads, kv_head * group + first_head + 2 * t + i % 2, first + g + i / 2 * 8, c[i]);
+        }
+        const float scores[2] = {reducer.score(0, use_max, group), reducer.score(1, use_max, group)};
+        if (t < 2 && !by_query_head) store(p.num_kv_heads, kv_head, first + g + 8 * t, t == 0 ? scores[0] : scores[1]);
     }
 }
 

@@ -18,20 +18,18 @@ cudaError_t launch_clear(uint32_t* words, int64_t count, Chip chip, cudaStream_t
 int64_t fused_workspace_words(const FusedParams& p, const FusedPlan& plan) {
     const AttentionParams& a = p.attention;
     return int64_t(a.num_rows) * a.num_kv_heads *
-           fused_team_words(plan.team_size, a.num_q_heads / a.num_kv_heads, a.head_dim, a.paging.max_pages());
+           fused_team_words(1 << plan.team_log2, a.num_q_heads / a.num_kv_heads, a.head_dim, a.paging.max_pages());
 }
 
 cudaError_t launch_quest_decode_attention(const FusedParams& p, const FusedPlan& plan, uint32_t* workspace, Chip chip, cudaStream_t stream) {
     const AttentionParams& a = p.attention;
-    const dim3 grid(a.num_rows * a.num_kv_heads * plan.team_size);
-    const size_t list_entries = ceil_div(std::min(p.page_budget, a.paging.max_pages()), plan.team_size);
+    const dim3 grid(1 << plan.team_log2, a.num_kv_heads, a.num_rows);
+    const size_t list_entries = ceil_div(std::min(p.page_budget, a.paging.max_pages()), 1 << plan.team_log2);
     const size_t shared_bytes = (size_t(kTeamWarps) * (a.num_q_heads / a.num_kv_heads) * a.head_dim + list_entries) * sizeof(float);
     return dispatch(a.dtype, a.head_dim, [&](auto element, auto head_dim) {
         using T = decltype(element);
-        constexpr int D = head_dim(), kCrowded = D <= 128 ? 2 : 1;
-        auto kernel = plan.keys_per_thread == 8
-                          ? (plan.resident == 1 ? quest_decode_attention_kernel<T, D, 8, 1> : quest_decode_attention_kernel<T, D, 8, kCrowded>)
-                          : (plan.resident == 1 ? quest_decode_attention_kernel<T, D, 32, 1> : quest_decode_attention_kernel<T, D, 32, kCrowded>);
+        constexpr int D = head_dim();
+        auto kernel = plan.keys_per_thread == 8 ? quest_decode_attention_kernel<T, D, 8> : quest_decode_attention_kernel<T, D, 32>;
         if (shared_bytes > 40 * 1024) {  // beside the static part, more than a block gets unasked
             const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
             if (error != cudaSuccess) return error;
@@ -41,3 +39,9 @@ cudaError_t launch_quest_decode_attention(const FusedParams& p, const FusedPlan&
 }
 
 }  // namespace quest::cuda
+
+#ifdef QUEST_PHASE_CLOCKS
+extern "C" __attribute__((visibility("default"))) int quest_read_phase_clocks(long long* clocks) {
+    return cudaMemcpyFromSymbol(clocks, quest::cuda::phase_clocks, sizeof(quest::cuda::phase_clocks));
+}
+#endif

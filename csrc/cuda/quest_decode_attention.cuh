@@ -23,66 +23,83 @@ __device__ __forceinline__ uint4 peek(const uint32_t* from) {
     asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
     return v;
 }
+__device__ __forceinline__ uint32_t peek_word(const uint32_t* from) {
+    uint32_t x;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
+    return x;
+}
+__device__ __forceinline__ void prefetch(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 // A float as a word that is never 0.
 __device__ __forceinline__ uint32_t nonzero_bits(float x) { return x == 0.f ? 0x80000000u : __float_as_uint(x); }
 __device__ __forceinline__ bool complete(const uint4& v) { return v.x != 0 && v.y != 0 && v.z != 0 && v.w != 0; }
 
 // A team's part of the workspace, in words.
 struct TeamSpace {
-    uint32_t* keys;      // [P, to a multiple of 4]: sort keys of all pages
-    uint32_t* partials;  // [reader, writer, slice]: each block's slice of each block's unnormalised output
-    uint32_t* weights;   // [reader, writer, group, 2]: base-2 maximum and sum of weights, a copy for each reader
+    uint32_t* done;   // [writer]: all keys of a block are published, or soon will be seen
+    uint32_t* keys;   // [P, to a multiple of 4]: sort keys of all pages
+    uint32_t* parts;  // [reader, writer, chunks, 8]: 4 channels of a block's unnormalised output, their base-2 maximum and sum of weights
 
-    __device__ TeamSpace(uint32_t* workspace, int team, int size, int group, int head_dim, int max_pages) {
-        uint32_t* start = workspace + team * fused_team_words(size, group, head_dim, max_pages);
-        keys = start;
-        partials = keys + fused_key_words(max_pages);
-        weights = partials + size * group * head_dim;
-    }
+    __device__ TeamSpace(uint32_t* workspace, int team, int size, int group, int head_dim, int max_pages)
+        : done(workspace + team * fused_team_words(size, group, head_dim, max_pages)), keys(done + kMaxTeam), parts(keys + fused_key_words(max_pages)) {}
 };
 
 struct FusedShared {
     BlockSelect<kTeamThreads>::Shared select;
     float top[kTeamWarps][kGroupHeads], sum[kTeamWarps][kGroupHeads];
-    float weights[kMaxTeam][kGroupHeads][2];
 };
+
+// Where the time goes: in a build for that purpose, each block notes the clock as it passes from phase to phase.
+#ifdef QUEST_PHASE_CLOCKS
+constexpr int kPhases = 10, kMaxClockedBlocks = 512;
+__device__ long long phase_clocks[kMaxClockedBlocks][kPhases];
+__device__ __forceinline__ void mark_phase(int phase) {
+    const int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+    if (threadIdx.x == 0 && block < kMaxClockedBlocks) phase_clocks[block][phase] = clock64();
+}
+#else
+__device__ __forceinline__ void mark_phase(int) {}
+#endif
 
 // Finds the selection from the team's published keys and lists the pages that are dealt to this block, in order.
 template <int kKeys>
-__device__ __forceinline__ void deal_selected_pages(const FusedParams& p, const uint32_t* keys, int num_pages, int kept, int rank, int size,
+__device__ __forceinline__ void deal_selected_pages(const FusedParams& p, const TeamSpace& space, int num_pages, int kept, int rank, int size_log2,
                                                     FusedShared& shared, int32_t* list) {
-    // Thread i looks at pages [i * run, (i + 1) * run).
+    BlockSelect<kTeamThreads> select{shared.select};
+    // Sink pages, the best of those between, recent pages.
+    const int first = p.sink_pages, last = num_pages - p.recent_pages, competing = last - first, wanted = kept - p.sink_pages - p.recent_pages;
+    // Thread i looks at pages [i * run, (i + 1) * run); each warp also at a sample of all.
     const int run = (num_pages + 4 * kTeamThreads - 1) / (4 * kTeamThreads) * 4, mine = threadIdx.x * run;
-    uint32_t key[kKeys];
+    const int sample = (first + threadIdx.x % kWarp * (competing / kWarp)) / 4 * 4;
+    // Each warp waits for the blocks' flags, a few words, rather than for all keys: polling those would fill the L2's bandwidth.
+    const int lane = threadIdx.x % kWarp;
+    const bool waits = lane < 1 << size_log2;
+    while (__any_sync(kAllLanes, waits && peek_word(space.done + lane) == 0)) {}
+    uint32_t key[kKeys], sampled;
     bool pending;
-    do {  // all loads, then the tests: polling one by one would serialise the round trips
-        pending = false;
+    do {  // almost always once: a flag was written after the keys, but nothing orders the two
+        const uint4 s = peek(space.keys + sample);
 #pragma unroll
         for (int j = 0; j < kKeys; j += 4) {
-            if (j >= run || mine + j >= num_pages) {
-                key[j] = key[j + 1] = key[j + 2] = key[j + 3] = 0;
-                continue;
-            }
-            const uint4 v = peek(keys + mine + j);
+            uint4 v{};
+            if (j < run && mine + j < num_pages) v = peek(space.keys + mine + j);
             key[j] = v.x, key[j + 1] = v.y, key[j + 2] = v.z, key[j + 3] = v.w;
         }
+        sampled = max(max(s.x, s.y), max(s.z, s.w));
+        pending = !complete(s) && sample + 3 < num_pages;
 #pragma unroll
         for (int j = 0; j < kKeys; ++j) pending |= j < run && mine + j < num_pages && key[j] == 0;
     } while (pending);
+    mark_phase(3);
 
-    // Sink pages, the best of those between, recent pages. A key of 0 takes no part.
-    const int first = p.sink_pages, last = num_pages - p.recent_pages, wanted = kept - p.sink_pages - p.recent_pages;
-#pragma unroll
-    for (int j = 0; j < kKeys; ++j)
-        if (mine + j < first || mine + j >= last) key[j] = 0;
     auto deal = [&](int position, int page) {
-        if (position % size == rank) list[position / size] = page;
+        if ((position & ((1 << size_log2) - 1)) == rank) list[position >> size_log2] = page;
     };
     for (int i = threadIdx.x; i < p.sink_pages; i += kTeamThreads) deal(i, i);
     for (int i = threadIdx.x; i < p.recent_pages; i += kTeamThreads) deal(kept - p.recent_pages + i, last + i);
     if (wanted == 0) return;
-
-    BlockSelect<kTeamThreads> select{shared.select};
+#pragma unroll
+    for (int j = 0; j < kKeys; ++j)
+        if (mine + j < first || mine + j >= last) key[j] = 0;  // takes no part
     uint32_t ties;
     const uint32_t threshold = select.threshold(
         [&](auto&& f) {
@@ -90,78 +107,128 @@ __device__ __forceinline__ void deal_selected_pages(const FusedParams& p, const 
             for (int j = 0; j < kKeys; ++j)
                 if (key[j] != 0) f(key[j]);
         },
-        wanted, &ties);
-    uint32_t packed = 0, total;
+        sampled, wanted, competing, &ties);
+    mark_phase(4);
+    uint32_t is_above = 0, is_tie = 0, total;  // a bit a key
 #pragma unroll
-    for (int j = 0; j < kKeys; ++j) packed += (key[j] > threshold ? 1u : 0u) + (key[j] == threshold ? 0x10000u : 0u);
-    const uint32_t before = select.exclusive_sum(packed, &total);
+    for (int j = 0; j < kKeys; ++j) is_above |= (key[j] > threshold ? 1u : 0u) << j, is_tie |= (key[j] == threshold ? 1u : 0u) << j;
+    const uint32_t before = select.exclusive_sum(__popc(is_above) + (__popc(is_tie) << 16), &total);
     uint32_t above = before & 0xffff, equal = before >> 16;
-#pragma unroll
-    for (int j = 0; j < kKeys; ++j) {
-        const bool is_above = key[j] > threshold, is_tie = key[j] == threshold;
-        if (is_above || (is_tie && equal < ties)) deal(p.sink_pages + above + min(equal, ties), mine + j);
-        above += is_above, equal += is_tie;
+    for (uint32_t left = is_above | is_tie; left != 0; left &= left - 1) {
+        const int j = __ffs(left) - 1;
+        if (is_tie >> j & 1) {
+            if (equal++ >= ties) continue;
+            deal(p.sink_pages + above + equal - 1, mine + j);
+        } else {
+            deal(p.sink_pages + above++ + min(equal, ties), mine + j);
+        }
     }
 }
 
-template <class T, int D, int kKeys, int kResident>
-__global__ void __launch_bounds__(kTeamThreads, kResident) quest_decode_attention_kernel(const FusedParams p, const FusedPlan plan, uint32_t* workspace) {
+// While the predecessor drains: brings a tile's bounds near, by lengths and block numbers that may be about to change.
+template <class T, int D>
+__device__ __forceinline__ void prefetch_bounds(const FusedParams& p, const PageTable& table, int row, int kv_head, int first) {
+    const int lane = threadIdx.x % kWarp, page = first + lane / 2;
+    const int tokens = table.visible(peek_word(reinterpret_cast<const uint32_t*>(p.attention.seq_lens + row)));
+    if (page << table.page_shift >= tokens || table.pages(tokens) <= p.page_budget) return;
+    const int block = peek_word(reinterpret_cast<const uint32_t*>(table.blocks + table.entry(page)));
+    if (block < 0 || block >= p.num_blocks) return;
+    const T* bounds = static_cast<const T*>(p.metadata.data) + block * p.metadata.block_stride + kv_head * p.metadata.head_stride +
+                      table.part(page) * (2 * D) + lane % 2 * D;
+#pragma unroll
+    for (int c = 0; c < D; c += 64) prefetch(bounds + c);  // lines of 128 bytes
+}
+
+// Brings keys and values of the page of the largest key in the warp near, 16 tokens of them at most.
+template <class T, int D>
+__device__ __forceinline__ void prefetch_page(const AttentionParams& a, const PageTable& table, int kv_head, uint32_t key, int page) {
+    const uint32_t best = __reduce_max_sync(kAllLanes, key);
+    if (best == 0) return;
+    page = __shfl_sync(kAllLanes, page, __ffs(__ballot_sync(kAllLanes, key == best)) - 1);
+    const int lane = threadIdx.x % kWarp, token = lane % kTileTokens;
+    if (token >> table.page_shift > 0) return;
+    const Pool& pool = lane < kTileTokens ? a.k_cache : a.v_cache;
+    const T* row = static_cast<const T*>(pool.data) + table.block(page) * pool.block_stride + kv_head * pool.head_stride +
+                   ((table.part(page) << table.page_shift) + token) * pool.token_stride;
+#pragma unroll
+    for (int c = 0; c < D; c += 64) prefetch(row + c);  // lines of 128 bytes
+}
+
+template <class T, int D, int kKeys>
+__global__ void __launch_bounds__(kTeamThreads, D <= 128 ? 2 : 1)
+    quest_decode_attention_kernel(const FusedParams p, const FusedPlan plan, uint32_t* workspace) {
 #if __CUDA_ARCH__ >= 900
-    extern __shared__ __align__(16) char dynamic[];
+    extern __shared__ __align__(16) float warp_out[];  // [warps, group, D], then this block's pages
     __shared__ FusedShared shared;
     const AttentionParams& a = p.attention;
-    const int size = plan.team_size, rank = blockIdx.x % size, team = blockIdx.x / size, row = team / a.num_kv_heads, kv_head = team % a.num_kv_heads;
-    const int group = a.num_q_heads / a.num_kv_heads, max_pages = a.paging.max_blocks * a.paging.pages_per_block;
+    const int size = gridDim.x, size_log2 = plan.team_log2, rank = blockIdx.x, kv_head = blockIdx.y, row = blockIdx.z;
+    const int team = row * a.num_kv_heads + kv_head, group = plan.group;
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t = lane % 4;
-    float* out = reinterpret_cast<float*>(dynamic);                                            // [warps, group, D]
-    int32_t* list = reinterpret_cast<int32_t*>(out + kTeamWarps * group * D);                  // this block's pages
-    const TeamSpace space(workspace, team, size, group, D, max_pages);
-    const int32_t* table = a.paging.block_table + row / a.rows_per_request * a.paging.table_stride;
-    const T* group_query = row_of<T>(a.query, row, kv_head * group);
+    int32_t* list = reinterpret_cast<int32_t*>(warp_out + kTeamWarps * group * D);
+    const PageTable table(a.paging, a.rows_per_request == 1 ? row : row / a.rows_per_request);
+    const TeamSpace space(workspace, team, size, group, D, table.max_pages);
+    mark_phase(0);
     let_successor_start();
     BlockSelect<kTeamThreads>{shared.select}.clear_bins();
+    prefetch_bounds<T, D>(p, table, row, kv_head, (warp * size + rank) * kTileTokens);
     wait_for_predecessor();
+    mark_phase(1);
 
-    const int tokens = visible_tokens(a.seq_lens[row], a.paging), num_pages = (tokens + a.paging.page_size - 1) / a.paging.page_size;
+    // Block numbers are fetched beside the length that says whether they count.
+    int first = (warp * size + rank) * kTileTokens;
+    auto block_of = [&](int page) { return page < table.max_pages ? table.block(page) : 0; };
+    int blocks[2] = {block_of(first + g), block_of(first + g + 8)};
+    uint4 query[D / 32];
+    load_query<T, D>(query, row_of<T>(a.query, row, kv_head * group + min(g, group - 1)));  // columns past the group repeat its last head
     int budget = p.page_budget;
-    if (p.page_budgets)
-        budget = min(max(p.page_budgets[p.budget_heads == 1 ? row : team], p.sink_pages + p.recent_pages), p.page_budget);
+    if (p.page_budgets) budget = min(max(p.page_budgets[p.budget_heads == 1 ? row : team], p.sink_pages + p.recent_pages), budget);
+    const int tokens = table.visible(a.seq_lens[row]), num_pages = table.pages(tokens);
     const int kept = min(budget, num_pages);
     const bool selects = kept < num_pages;
 
-    // Score: tile i of 16 pages belongs to block i % size of the team.
-    auto for_own_tiles = [&](auto&& f) {
-        for (int tile = warp * size + rank; tile * kTileTokens < num_pages; tile += kTeamWarps * size) f(tile * kTileTokens);
-    };
+    // Score: tiles of 16 pages, dealt to the team's blocks one by one.
+    const int step = kTeamWarps * size * kTileTokens;
     if (selects) {
         const T* metadata = static_cast<const T*>(p.metadata.data) + kv_head * p.metadata.head_stride;
-        for_own_tiles([&](int first) {
+        uint32_t best_key = 0;
+        int best_page = 0;
+        for (; first < num_pages; first += step) {
+            const PagePlace places[2] = {{first + g < num_pages ? blocks[0] : -1, table.part(first + g)},
+                                         {first + g + 8 < num_pages ? blocks[1] : -1, table.part(first + g + 8)}};
             PageTile<T, D> tile;
-            tile.load(metadata, p.metadata.block_stride, table, a.paging.pages_per_block, first, num_pages);
-            float scores[2];
-            score_tile(tile, group_query, a.query.head_stride, group, p.head_reduction == HeadReduction::kMax, scores, [](int, int, float) {});
+            tile.load(metadata, p.metadata.block_stride, places);
+            blocks[0] = block_of(first + step + g), blocks[1] = block_of(first + step + g + 8);
+            float c[4] = {};
+            tile.multiply(c, query);
+            HeadReducer reducer;
+            reducer.include(c, 0, group);
+            const bool use_max = p.head_reduction == HeadReduction::kMax;
+            const float scores[2] = {reducer.score(0, use_max, group), reducer.score(1, use_max, group)};
             const int page = first + g + 8 * t;
-            if (t < 2 && page < num_pages) publish(space.keys + page, sort_key(t == 0 ? scores[0] : scores[1]));
-        });
-        __syncthreads();  // bins are clear
-        deal_selected_pages<kKeys>(p, space.keys, num_pages, kept, rank, size, shared, list);
+            if (t >= 2 || page >= num_pages) continue;
+            const uint32_t key = sort_key(t == 0 ? scores[0] : scores[1]);
+            publish(space.keys + page, key);
+            if (key > best_key) best_key = key, best_page = page;
+        }
+        // Where memory is the limit, a warp's best page, likely to be chosen, is fetched while the blocks exchange keys.
+        if (size < kMaxTeam) prefetch_page<T, D>(a, table, kv_head, best_key, best_page);
+        mark_phase(2);
+        __syncthreads();  // all of the block's keys are on their way; bins are clear
+        if (threadIdx.x == 0) publish(space.done + rank, 1u);
+        deal_selected_pages<kKeys>(p, space, num_pages, kept, rank, size_log2, shared, list);
         __syncthreads();
     }
 
     // Attend: pages rank, rank + size, ... of the selection, 16 tokens a warp at a time.
-    const int page_shift = 31 - __clz(a.paging.page_size), num_mine = (kept - rank + size - 1) / size;
+    mark_phase(5);
+    const int page_shift = table.page_shift, num_mine = (kept - rank + size - 1) >> size_log2;
     const float scale = a.sm_scale * kLog2E;
     auto run_of = [&](int tile, int half_tile) -> Run {
         const int at = tile * kTileTokens + 8 * half_tile, index = at >> page_shift, within = at & ((1 << page_shift) - 1);
         if (index >= num_mine) return {0, 0, 0};
-        const int page = selects ? list[index] : index * size + rank;
-        return {table[page / a.paging.pages_per_block], ((page % a.paging.pages_per_block) << page_shift) + within,
-                min(tokens - (page << page_shift) - within, 8)};
+        const int page = selects ? list[index] : (index << size_log2) + rank;
+        return {table.block(page), (table.part(page) << page_shift) + within, min(tokens - (page << page_shift) - within, 8)};
     };
-    uint4 query[D / 32];
-#pragma unroll
-    for (int c = 0; c < D / 32; ++c)
-        query[c] = *reinterpret_cast<const uint4*>(group_query + min(g, group - 1) * a.query.head_stride + 32 * c + 8 * t);
     const T* keys = static_cast<const T*>(a.k_cache.data) + kv_head * a.k_cache.head_stride;
     const T* values = static_cast<const T*>(a.v_cache.data) + kv_head * a.v_cache.head_stride;
     OnlineSoftmax<T, D> softmax;
@@ -177,58 +244,54 @@ __global__ void __launch_bounds__(kTeamThreads, kResident) quest_decode_attentio
         softmax.add(score, tile_tokens);
     }
 
-    // Merge: first the block's warps, then each block a slice of the team's outputs.
-    WarpPartials<D, kTeamWarps> partials{shared.top, shared.sum, out, group};
+    // Merge: the block's warps through shared memory, then each block every size-th chunk of four channels of the team's outputs.
+    mark_phase(6);
+    WarpPartials<D, kTeamWarps> partials{shared.top, shared.sum, warp_out, group};
     partials.store(softmax, warp);
     __syncthreads();
-    const int slice = group * D / size;  // at least 4 channels of one head, or whole heads
-    for (int at = threadIdx.x * 4; at < group * D; at += kTeamThreads * 4) {
-        const int head = at / D;
+    const int chunks = group * D / 4 >> size_log2;  // of a reader
+    for (int chunk = threadIdx.x; chunk < group * D / 4; chunk += kTeamThreads) {
         float top, total;
-        const float4 o = partials.add_up(head, at % D, &top, &total);
-        publish(space.partials + (at / slice * size + rank) * slice + at % slice,
-                uint4{nonzero_bits(o.x), nonzero_bits(o.y), nonzero_bits(o.z), nonzero_bits(o.w)});
-        if (at % D != 0) continue;
-        for (int reader = 0; reader < size; ++reader) {
-            uint32_t* to = space.weights + ((reader * size + rank) * group + head) * 2;
-            publish(to, nonzero_bits(top)), publish(to + 1, nonzero_bits(total));
+        const float4 o = partials.add_up(chunk * 4 / D, chunk * 4 % D, &top, &total);
+        uint32_t* to = space.parts + (((((chunk & (size - 1)) << size_log2) + rank) * chunks + (chunk >> size_log2)) << 3);
+        publish(to, uint4{nonzero_bits(o.x), nonzero_bits(o.y), nonzero_bits(o.z), nonzero_bits(o.w)});
+        publish(to + 4, uint4{nonzero_bits(top), nonzero_bits(total), 1, 1});
+    }
+    mark_phase(7);
+    // A lane takes one block's part of one chunk; the lanes of a chunk are neighbours.
+    for (int base = warp * kWarp; base < group * D / 4; base += kTeamThreads) {
+        const int item = base + lane, writer = item & (size - 1), chunk = item >> size_log2;
+        uint4 v{}, w{};
+        if (item < group * D / 4) {
+            uint32_t* from = space.parts + ((((rank << size_log2) + writer) * chunks + chunk) << 3);
+            do v = peek(from), w = peek(from + 4);
+            while (!complete(v) || !complete(w));
+            publish(from, uint4{}), publish(from + 4, uint4{});
         }
-    }
-    __syncthreads();  // `out` is free for the team's partial outputs: [writer, slice]
-    const uint32_t *my_partials = space.partials + rank * size * slice, *my_weights = space.weights + rank * size * group * 2;
-    const int weight_words = size * group * 2;
-    const uint4 zeros{};
-    for (int at = threadIdx.x * 4; at < size * slice; at += kTeamThreads * 4) {
-        uint4 v;
-        do v = peek(my_partials + at);
-        while (!complete(v));
-        *reinterpret_cast<uint4*>(out + at) = v;
-        publish(const_cast<uint32_t*>(my_partials) + at, zeros);
-    }
-    for (int at = threadIdx.x; at < weight_words; at += kTeamThreads) {
-        uint32_t x;
-        do asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(my_weights + at) : "memory");
-        while (x == 0);
-        shared.weights[at / (2 * group)][at / 2 % group][at % 2] = __uint_as_float(x);
-        publish(const_cast<uint32_t*>(my_weights) + at, 0u);
-    }
-    __syncthreads();
-    // Every block has published its part, so all have read the keys.
-    if (selects) for_own_tiles([&](int first) {
-        if (lane < kTileTokens && first + lane < num_pages) publish(space.keys + first + lane, 0u);
-    });
-    for (int at = threadIdx.x; at < slice; at += kTeamThreads) {
-        const int place = rank * slice + at, head = place / D, channel = place % D;
-        float top = -INFINITY, total = 0.f, o = 0.f;
-        for (int w = 0; w < size; ++w) top = fmaxf(top, shared.weights[w][head][0]);
-        for (int w = 0; w < size; ++w) {
-            const float part_top = shared.weights[w][head][0], weight = part_top == -INFINITY ? 1.f : exp2f(part_top - top);
-            total += weight * shared.weights[w][head][1];
-            o += weight * out[w * slice + at];
+        float4 o{__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
+        const float part_top = __uint_as_float(w.x);
+        float top = part_top, total = __uint_as_float(w.y);
+        for (int other = 1; other < size; other *= 2) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, other));
+        const float weight = part_top == -INFINITY ? 1.f : exp2f(part_top - top);  // no tokens: zeros, or NaN
+        total *= weight, o.x *= weight, o.y *= weight, o.z *= weight, o.w *= weight;
+        for (int other = 1; other < size; other *= 2) {
+            total += __shfl_xor_sync(kAllLanes, total, other);
+            o.x += __shfl_xor_sync(kAllLanes, o.x, other), o.y += __shfl_xor_sync(kAllLanes, o.y, other);
+            o.z += __shfl_xor_sync(kAllLanes, o.z, other), o.w += __shfl_xor_sync(kAllLanes, o.w, other);
         }
-        const_cast<T*>(row_of<T>(a.out, row, kv_head * group + head))[channel] = Packed<T>::from_float(total == 0.f ? 0.f : o / total);
-        if (channel == 0) a.lse[int64_t(row) * a.num_q_heads + kv_head * group + head] = total == 0.f ? -INFINITY : (top + log2f(total)) * kLn2;
+        if (writer != 0 || item >= group * D / 4) continue;
+        const int place = ((chunk << size_log2) + rank) * 4, head = kv_head * group + place / D;
+        const float inverse = total == 0.f ? 0.f : 1.f / total;
+        store_four<T>(const_cast<T*>(row_of<T>(a.out, row, head)) + place % D, float4{o.x * inverse, o.y * inverse, o.z * inverse, o.w * inverse});
+        if (place % D == 0) a.lse[int64_t(row) * a.num_q_heads + head] = total == 0.f ? -INFINITY : (top + log2f(total)) * kLn2;
     }
+    mark_phase(8);
+    // The first warp has seen a part of every block, so all have read the keys.
+    if (!selects || warp != 0) return;
+    if (lane == 0) publish(space.done + rank, 0u);
+    for (int page = (rank + lane / kTileTokens * size) * kTileTokens + lane % kTileTokens; page < num_pages; page += 2 * size * kTileTokens)
+        publish(space.keys + page, 0u);
+    mark_phase(9);
 #endif
 }
 

@@ -17,21 +17,24 @@ __device__ __forceinline__ uint32_t negative_part(uint32_t x) {
     return bits_as<uint32_t>(__hmin2_nan(bits_as<Pair>(x), bits_as<Pair>(0u)));
 }
 
-// The bounds of pages first + g and first + g + 8, as this lane's part of the A operand.
+// Where a page's bounds lie; block -1: it does not exist.
+struct PagePlace {
+    int block, part;
+};
+
+// The bounds of pages g and g + 8 of a tile, as this lane's part of the A operand.
 template <class T, int D>
 struct PageTile {
     static constexpr int kChunks = D / 32;
     uint4 lo[2][kChunks], hi[2][kChunks];
 
-    // `metadata`: of the KV head, in block 0. Pages from num_pages on read as zeros.
-    __device__ __forceinline__ void load(const T* metadata, int64_t block_stride, const int32_t* table, int pages_per_block, int first, int num_pages) {
-        const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+    // `metadata`: of the KV head, in block 0. A page that does not exist reads as zeros.
+    __device__ __forceinline__ void load(const T* metadata, int64_t block_stride, const PagePlace (&places)[2]) {
+        const int t = threadIdx.x % 4;
 #pragma unroll
         for (int half_tile = 0; half_tile < 2; ++half_tile) {
-            const int page = first + g + 8 * half_tile;
-            const bool exists = page < num_pages;
-            const int block = exists ? table[page / pages_per_block] : 0;
-            const T* bounds = metadata + block * block_stride + page % pages_per_block * (2 * D) + 8 * t;
+            const bool exists = places[half_tile].block >= 0;
+            const T* bounds = metadata + places[half_tile].block * block_stride + places[half_tile].part * (2 * D) + 8 * t;
 #pragma unroll
             for (int c = 0; c < kChunks; ++c) {
                 lo[half_tile][c] = exists ? load_streaming(bounds + 32 * c) : uint4{};
@@ -40,11 +43,11 @@ struct PageTile {
         }
     }
 
-    // c: pages g, g + 8 (rows) against heads 2 t, 2 t + 1 (columns) of the eight whose channels 8 t .. of head g are at `query`.
-    __device__ __forceinline__ void multiply(float (&c)[4], const T* query) const {
+    // c: pages g, g + 8 (rows) against heads 2 t, 2 t + 1 (columns) of eight; `query`: channels 32 c + 8 t .. of head g, for each c.
+    __device__ __forceinline__ void multiply(float (&c)[4], const uint4 (&query)[kChunks]) const {
 #pragma unroll
         for (int chunk = 0; chunk < kChunks; ++chunk) {
-            const uint4 q = *reinterpret_cast<const uint4*>(query + 32 * chunk);
+            const uint4 q = query[chunk];
             const uint4 q_pos{positive_part<T>(q.x), positive_part<T>(q.y), positive_part<T>(q.z), positive_part<T>(q.w)};
             const uint4 q_neg{negative_part<T>(q.x), negative_part<T>(q.y), negative_part<T>(q.z), negative_part<T>(q.w)};
             multiply_32_channels<T>(c, hi[0][chunk], hi[1][chunk], q_pos);
@@ -53,35 +56,29 @@ struct PageTile {
     }
 };
 
-// Scores of pages g and g + 8 of a tile, the same in the four lanes of a page. by_head(column, half_tile, score) sees each head's own.
-template <class T, int D, class F>
-__device__ __forceinline__ void score_tile(const PageTile<T, D>& tile, const T* group_query, int64_t head_stride, int group, bool use_max,
-                                           float (&scores)[2], F&& by_head) {
-    const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+// The largest score, and the sum of scores, over the heads seen so far, of pages g and g + 8.
+struct HeadReducer {
     float best[2] = {-INFINITY, -INFINITY}, sum[2] = {0.f, 0.f};
-    for (int first_head = 0; first_head < group; first_head += 8) {
-        // Columns past the group repeat its last head: harmless to a maximum, left out of the rest.
-        float c[4] = {};
-        tile.multiply(c, group_query + min(first_head + g, group - 1) * head_stride + 8 * t);
+
+    // c: of a product with heads first_head .. + 7 of `group`. Columns past the group repeat its last head: harmless to a maximum.
+    __device__ __forceinline__ void include(const float (&c)[4], int first_head, int group) {
+        const int t = threadIdx.x % 4;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const int column = first_head + 2 * t + i % 2;
             best[i / 2] = max_keep_nan(best[i / 2], c[i]);
-            if (column < group) {
-                sum[i / 2] += c[i];
-                by_head(column, i / 2, c[i]);
-            }
+            if (first_head + 2 * t + i % 2 < group) sum[i / 2] += c[i];
         }
     }
-#pragma unroll
-    for (int half_tile = 0; half_tile < 2; ++half_tile) {
+    // The same in the four lanes of a page.
+    __device__ __forceinline__ float score(int half_tile, bool use_max, int group) const {
+        float top = best[half_tile], total = sum[half_tile];
 #pragma unroll
         for (int step = 1; step < 4; step *= 2) {
-            best[half_tile] = max_keep_nan(best[half_tile], __shfl_xor_sync(kAllLanes, best[half_tile], step));
-            sum[half_tile] += __shfl_xor_sync(kAllLanes, sum[half_tile], step);
+            top = max_keep_nan(top, __shfl_xor_sync(kAllLanes, top, step));
+            total += __shfl_xor_sync(kAllLanes, total, step);
         }
-        scores[half_tile] = use_max ? best[half_tile] : sum[half_tile] / group;
+        return use_max ? top : total / group;
     }
-}
+};
 
 }  // namespace quest::cuda

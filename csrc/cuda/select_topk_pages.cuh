@@ -37,13 +37,19 @@ __global__ void __launch_bounds__(kSelectThreads) select_topk_pages_kernel(const
     for (int i = threadIdx.x; i < p.sink_pages; i += kSelectThreads) ids[i] = i;
     for (int i = threadIdx.x; i < p.recent_pages; i += kSelectThreads) ids[kept - p.recent_pages + i] = last + i;
     if (wanted == 0) return;
+    __syncthreads();  // bins are clear
 
-    uint32_t ties;
+    const int competing = last - first;
+    uint32_t sampled = 0, ties;
+    if (competing >= select.kSample)
+#pragma unroll
+        for (int j = 0; j < select.kSample / kWarp; ++j)
+            sampled = max(sampled, sort_key(scores[first + threadIdx.x % kWarp * (competing / kWarp) + j]));
     const uint32_t threshold = select.threshold(
         [&](auto&& f) {
             for (int page = first + threadIdx.x; page < last; page += kSelectThreads) f(sort_key(scores[page]));
         },
-        wanted, &ties);
+        sampled, wanted, competing, &ties);
     // How many pages before this thread's run are above the threshold, and how many equal it.
     uint32_t above = 0, equal = 0;
     for (int start = first; start < last; start += kSelectThreads * kPagesPerThread) {

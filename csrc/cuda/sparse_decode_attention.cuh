@@ -7,32 +7,29 @@
 
 namespace quest::cuda {
 
-__device__ __forceinline__ int log2_of(int power_of_two) { return 31 - __clz(power_of_two); }
-
 // The tokens a row attends to: its listed pages, then the last page where the list lacks it; every page where there is no list.
 // Reads in three rounds, each in flight together: list entries beside lengths and counts, then block numbers, then keys and values.
 struct TokenList {
     const int32_t* ids;  // null: every page
-    const int32_t* table;
-    int max_ids, page_shift, pages_per_block;
+    const PageTable table;
+    int max_ids;
     int tokens, last_page, count, num_pages;
 
     __device__ TokenList(const AttentionParams& p, int row, int id_head)
         : ids(p.page_ids ? p.page_ids + (int64_t(row) * p.id_heads + id_head) * p.max_ids : nullptr),
-          table(p.paging.block_table + row / p.rows_per_request * p.paging.table_stride), max_ids(p.max_ids),
-          page_shift(log2_of(p.paging.page_size)), pages_per_block(p.paging.pages_per_block) {}
+          table(p.paging, row / p.rows_per_request), max_ids(p.max_ids) {}
 
     // The list's entry for half a tile, before it is known how long the list is.
     __device__ int entry(int tile, int half_tile) const {
-        const int index = (tile * kTileTokens + 8 * half_tile) >> page_shift;
+        const int index = (tile * kTileTokens + 8 * half_tile) >> table.page_shift;
         return ids ? ids[min(index, max_ids - 1)] : index;
     }
 
     __device__ void read_lengths(const AttentionParams& p, int row, int id_head) {
         const int counted = ids && p.page_counts ? p.page_counts[int64_t(row) * p.id_heads + id_head] : 0;
-        tokens = visible_tokens(p.seq_lens[row], p.paging);
-        last_page = ((tokens + p.paging.page_size - 1) >> page_shift) - 1;
-        num_pages = count = last_page + 1;
+        tokens = table.visible(p.seq_lens[row]);
+        num_pages = count = table.pages(tokens);
+        last_page = num_pages - 1;
         if (ids == nullptr || tokens == 0) return;
         count = p.page_counts ? min(max(counted, 0), max_ids) : position_of(max_ids, [&](int id) { return id < 0; });
         const int newest = count > 0 ? ids[count - 1] : -1;
@@ -57,13 +54,13 @@ struct TokenList {
         return low;
     }
 
-    __device__ int num_tiles() const { return ((num_pages << page_shift) + kTileTokens - 1) / kTileTokens; }
+    __device__ int num_tiles() const { return ((num_pages << table.page_shift) + kTileTokens - 1) / kTileTokens; }
 
     __device__ Run run(int tile, int half_tile, int entry) const {
-        const int first = tile * kTileTokens + 8 * half_tile, index = first >> page_shift, page = index < count ? entry : last_page;
+        const int first = tile * kTileTokens + 8 * half_tile, index = first >> table.page_shift, page = index < count ? entry : last_page;
         if (index >= num_pages || page < 0 || page > last_page) return {0, 0, 0};
-        const int within = first & ((1 << page_shift) - 1);
-        return {table[page / pages_per_block], ((page % pages_per_block) << page_shift) + within, min(tokens - (page << page_shift) - within, 8)};
+        const int within = first & ((1 << table.page_shift) - 1);
+        return {table.block(page), (table.part(page) << table.page_shift) + within, min(tokens - (page << table.page_shift) - within, 8)};
     }
 };
 
@@ -96,7 +93,7 @@ __global__ void __launch_bounds__(kWarp * kWarpsPerBlock, D <= 128 ? 3 : 2)
     wait_for_predecessor();
 
     const int row = blockIdx.z, split = blockIdx.x;
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t = lane % 4;
+    const int warp = threadIdx.x / kWarp, g = threadIdx.x % kWarp / 4;
     const GroupedHeads heads(p, blockIdx.y);
     const int first_head = heads.first, group = heads.count;
     const int id_head = p.id_heads == 1 ? 0 : p.id_heads == p.num_kv_heads ? heads.kv_head : first_head;
@@ -109,9 +106,7 @@ __global__ void __launch_bounds__(kWarp * kWarpsPerBlock, D <= 128 ? 3 : 2)
     const float scale = p.sm_scale * kLog2E;  // scores in base 2
 
     uint4 query[D / 32];
-#pragma unroll
-    for (int c = 0; c < D / 32; ++c)  // columns past the group repeat its last head
-        query[c] = *reinterpret_cast<const uint4*>(row_of<T>(p.query, row, first_head + min(g, group - 1)) + 32 * c + 8 * t);
+    load_query<T, D>(query, row_of<T>(p.query, row, first_head + min(g, group - 1)));  // columns past the group repeat its last head
     const T* keys = static_cast<const T*>(p.k_cache.data) + heads.kv_head * p.k_cache.head_stride;
     const T* values = static_cast<const T*>(p.v_cache.data) + heads.kv_head * p.v_cache.head_stride;
 

@@ -10,15 +10,13 @@ __global__ void __launch_bounds__(kWarp * kWarpsPerBlock) update_page_metadata_k
     let_successor_start();
     wait_for_predecessor();
 
-    const int request = blockIdx.z, head = blockIdx.y, warp = threadIdx.x / kWarp;
-    const int tokens = visible_tokens(p.seq_lens[request], p.paging), start = max(p.start_lens[request], 0);
-    const int page_size = p.paging.page_size, pages_per_block = p.paging.pages_per_block;
+    const int request = blockIdx.z, head = blockIdx.y, warp = threadIdx.x / kWarp, page_size = p.paging.page_size;
+    const PageTable table(p.paging, request);
+    const int tokens = table.visible(p.seq_lens[request]), start = max(p.start_lens[request], 0), num_pages = table.pages(tokens);
     if (start >= tokens) return;
-    const int num_pages = (tokens + page_size - 1) / page_size;
-    const int32_t* table = p.paging.block_table + request * p.paging.table_stride;
-    for (int page = start / page_size + blockIdx.x * kWarpsPerBlock + warp; page < num_pages; page += gridDim.x * kWarpsPerBlock) {
-        const int64_t block = table[page / pages_per_block];
-        const int part = page % pages_per_block;
+    for (int page = (start >> table.page_shift) + blockIdx.x * kWarpsPerBlock + warp; page < num_pages; page += gridDim.x * kWarpsPerBlock) {
+        const int64_t block = table.block(page);
+        const int part = table.part(page);
         const T* keys = static_cast<const T*>(p.k_cache.data) + block * p.k_cache.block_stride +
                         part * page_size * p.k_cache.token_stride + head * p.k_cache.head_stride;
         T* bounds = static_cast<T*>(p.metadata.data) + block * p.metadata.block_stride + head * p.metadata.head_stride + part * (2 * D);

@@ -1,0 +1,352 @@
+"""The command line: what info says is wrong, what generate writes where, one-line errors, and the demo's answer."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from quest_ops import QuestConfig, cli, demo, info
+from quest_ops.info import Device, System
+
+H100 = Device(0, "NVIDIA H100", (9, 0), 80 * 2**30)
+A10 = Device(1, "NVIDIA A10", (8, 6), 24 * 2**30)
+V100 = Device(0, "Tesla V100", (7, 0), 32 * 2**30)
+B200 = Device(0, "NVIDIA B200", (10, 0), 180 * 2**30)
+
+SYSTEM = System(
+    quest_ops="0.1.0",
+    torch="2.13.0",
+    python="3.11.7",
+    platform="linux x86_64",
+    cpu_kernels="avx512",
+    built_archs=("80-real", "90-real", "90-virtual"),
+    built_cuda="13.0.88",
+    torch_cuda="13.0",
+    driver_cuda=(13, 0),
+    devices=(H100, A10),
+)
+
+
+def system(**changes) -> System:
+    return dataclasses.replace(SYSTEM, **changes)
+
+
+@pytest.mark.parametrize(
+    ("arch", "capability", "way"),
+    [
+        ("80-real", (8, 0), "compiled"),
+        ("80-real", (8, 9), "compiled"),  # binaries run on later minor versions
+        ("80-real", (9, 0), None),
+        ("86-real", (8, 0), None),
+        ("90-virtual", (9, 0), "PTX"),
+        ("90-virtual", (12, 0), "PTX"),
+        ("90-virtual", (8, 9), None),
+        ("90", (9, 0), "compiled"),
+        ("90", (10, 3), "PTX"),
+        ("90a", (9, 0), "compiled"),
+        ("90a", (10, 0), None),
+        ("100f-real", (10, 3), "compiled"),
+        ("120-real", (12, 1), "compiled"),
+        ("all-major", (9, 0), "compiled"),
+    ],
+)
+def test_how_an_architecture_runs_on_a_chip(arch, capability, way):
+    assert info.how_arch_runs(arch, capability) == way
+
+
+def test_all_is_well():
+    assert info.find_problems(SYSTEM) == []
+    text = info.report(SYSTEM)
+    for part in ("13.0.88", "driver: 13.0", "80-real, 90-real, 90-virtual", "avx512", "NVIDIA H100", "8.6", "24 GiB"):
+        assert part in text
+    assert "problem" not in text
+    usable, why = info.describe_device(H100, SYSTEM)
+    assert usable and "fused" in why and "code for 90-real" in why
+    usable, why = info.describe_device(A10, SYSTEM)
+    assert usable and "fused" not in why and "portable" in why and "code for 80-real" in why
+    assert "PTX" in info.describe_device(B200, SYSTEM)[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"driver_cuda": (12, 8)}, "the driver runs CUDA 12.8, older than nvcc 13.0.88"),
+        ({"built_archs": ("80-real",), "devices": (H100,)}, "cuda:0 .* rebuild with QUEST_OPS_CUDA_ARCHS=90"),
+        ({"built_archs": ()}, "CPU kernels only: install with QUEST_OPS_DEVICE=cuda"),
+        ({"devices": (V100,)}, "compute capability 8.0 or later"),
+        ({"devices": (B200,), "built_cuda": "13.2.1"}, "only PTX .*90-virtual.* QUEST_OPS_CUDA_ARCHS=100"),
+        ({"devices": (), "torch": "2.13.0+cpu", "torch_cuda": None}, r"torch 2.13.0\+cpu is a CPU build"),
+        ({"devices": (), "driver_cuda": (12, 4)}, "torch sees no GPU: the driver runs CUDA 12.4"),
+        ({"devices": ()}, "CUDA_VISIBLE_DEVICES"),
+    ],
+)
+def test_what_is_wrong_is_named(changes, problem):
+    problems = info.find_problems(system(**changes))
+    assert problems
+    assert all(re.search(problem, found) for found in problems)
+    assert "problem" in info.report(system(**changes))
+
+
+def test_no_gpu_is_no_problem():
+    without = system(driver_cuda=None, devices=(), torch_cuda=None, built_archs=(), built_cuda=None)
+    assert info.find_problems(without) == []
+    assert "none: CPU kernels only" in info.report(without)
+
+
+def test_a_missing_pybind_module_is_named_and_no_problem():
+    without = system(built_archs=None, built_cuda=None)
+    assert "quest_ops._C is missing" in info.report(without)
+    assert info.find_problems(without) == []
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "wanted", "kernels"),
+    [
+        ("x86_64", "avx2 fma f16c avx512f avx512bw avx512vl avx512dq", None, "avx512"),
+        ("x86_64", "avx2 fma f16c avx512f avx512bw avx512vl avx512dq", "avx2", "avx2"),
+        ("x86_64", "avx2 fma f16c avx512f", None, "avx2"),
+        ("x86_64", "avx2 f16c", None, "plain"),
+        ("aarch64", "", None, "plain"),
+        ("x86_64", "avx2 fma f16c", "avx512", "QUEST_OPS_CPU_CAPABILITY=avx512 is not supported here"),
+    ],
+)
+def test_cpu_kernels(machine, flags, wanted, kernels):
+    assert info.cpu_kernels(machine, set(flags.split()), wanted) == kernels
+
+
+def run(*arguments, stdin="", **environment):
+    command = [sys.executable, "-m", "quest_ops.cli", *map(str, arguments)]
+    env = os.environ | environment
+    return subprocess.run(command, check=False, capture_output=True, text=True, input=stdin, env=env)
+
+
+def test_info_of_this_machine():
+    done = run("info")
+    problems = info.find_problems(info.inspect_system())
+    assert done.returncode == (1 if problems else 0) and done.stderr == ""
+    assert torch.__version__ in done.stdout
+    assert all(problem in done.stdout for problem in problems)
+
+
+@pytest.mark.parametrize("arguments", [(), ("info",), ("demo",), ("generate",)])
+def test_help_explains_by_examples(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*arguments, "--help"])
+    assert stopped.value.code == 0
+    assert arguments == ("info",) or "  quest-ops " in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A Hugging Face folder with a random Llama and a tokenizer of single bytes."""
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=300,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=64,
+            max_position_embeddings=300,
+            eos_token_id=None,
+            bos_token_id=None,
+        )
+    )
+    model.save_pretrained(folder)
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+PROMPT = "A prompt that is longer than the budget of a hundred tokens. " * 3
+GENERATE = ("--token-budget", 112, "--max-new-tokens", 12, "--device", "cpu", "--dtype", "float32")
+
+
+def generate(capsys, folder, *arguments):
+    code = cli.main(["generate", "--model", str(folder), *map(str, (*GENERATE, *arguments))])
+    return code, *capsys.readouterr()
+
+
+def test_generate_writes_text_to_stdout_and_statistics_to_stderr(folder, capsys, tmp_path):
+    code, text, statistics = generate(capsys, folder, "--prompt", PROMPT)
+    assert code == 0 and text.endswith("\n") and len(text) > 1
+    assert f"{len(PROMPT)} prompt tokens" in statistics and "12 new ones, ended by length" in statistics
+    assert "quest attention, float32 on cpu" in statistics and "100% of the KV" not in statistics
+    (tmp_path / "prompt.txt").write_text(PROMPT)
+    assert generate(capsys, folder, "--prompt-file", tmp_path / "prompt.txt")[:2] == (0, text)
+
+
+def test_the_attentions_agree_where_the_budget_covers_the_prompt(folder, capsys):
+    texts = {
+        attention: generate(capsys, folder, "--prompt", PROMPT, "--token-budget", 512, "--attention", attention)[:2]
+        for attention in ("quest", "dense", "sdpa")
+    }
+    assert len(set(texts.values())) == 1 and texts["dense"][0] == 0
+
+
+def test_a_seed_fixes_the_sample(folder, capsys):
+    def sample(seed):
+        return generate(capsys, folder, "--prompt", "A", "--temperature", 2, "--top-p", 0.95, "--seed", seed)[1]
+
+    assert sample(1) == sample(1) != sample(2)
+
+
+def test_stdin_is_a_prompt_and_only_text_comes_out(folder):
+    done = run("generate", "--model", folder, *GENERATE, "--prompt-file", "-", stdin=PROMPT)
+    assert done.returncode == 0, done.stderr
+    assert "ms a token" in done.stderr and "ms a token" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--prompt", PROMPT * 2), "the prompt has 366 tokens; this model takes 1 to 300"),
+        (("--prompt", ""), "the prompt has 0 tokens"),
+        (("--prompt", "A", "--token-budget", 64), "token_budget 64 is 4 pages"),
+        (("--prompt", "A", "--max-new-tokens", 0), "--max-new-tokens must be at least 1, got 0"),
+        (("--prompt", "A", "--temperature", -1), "temperature must be"),
+        (("--prompt", "A", "--top-p", 0), "top_p must be"),
+        (("--prompt", "A", "--device", "tpu"), "--device must be"),
+        (("--prompt", "A", "--device", "cuda:99"), "torch sees .* CUDA devices"),
+        (("--prompt", "A", "--chat"), "no chat template"),
+        (("--prompt", "A", "--attention", "flashinfer"), "needs a cache on a CUDA GPU"),
+        (("--prompt-file", "no/such/file"), "No such file"),
+        (("--prompt", "A", "--model", "no-such-model"), "there is no model at 'no-such-model'"),
+    ],
+)
+def test_generate_errors_are_one_line(folder, capsys, arguments, message):
+    code, out, error = generate(capsys, folder, *arguments)
+    lines = [line for line in error.splitlines() if "error:" in line]
+    assert code == 2 and out == "" and len(lines) == 1
+    assert re.search(message, lines[0]) and error.splitlines()[-1] == lines[0]
+
+
+def test_an_error_has_no_traceback(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    done = run("generate", "--model", tmp_path, "--prompt", "A")
+    assert done.returncode == 2 and "gpt2" in done.stderr
+    assert done.stderr.count("\n") == 1 and done.stdout == ""
+
+
+@pytest.mark.parametrize("arguments", [[], ["paint"], ["generate"], ["generate", "--prompt", "A", "--attention", "no"]])
+def test_usage_errors_are_one_line(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.fixture
+def smollm2():
+    pytest.importorskip("gguf")
+    from quest_ops.llama.smollm2 import fetch_smollm2
+
+    try:
+        return fetch_smollm2()
+    except RuntimeError as error:
+        pytest.skip(f"SmolLM2 cannot be fetched: {error}")
+
+
+def test_the_demos_answer(smollm2, tmp_path, capsys):
+    """SmolLM2 finds the key with both attentions; Quest reads two fifths of the KV cache."""
+    out = tmp_path / "pages.png"
+    sizes = ("--tokens", 1500, "--token-budget", 512, "--new-tokens", demo.MIN_NEW_TOKENS)
+    assert cli.main(["demo", *map(str, sizes), "--out", str(out)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "the key is │ right │ right" in shown
+    assert "KV bytes read │ 100% │ 40%" in shown
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--tokens", 8170), "8192 positions: --tokens must be at most 8160"),
+        (("--tokens", 40), "--tokens must be at least"),
+        (("--token-budget", 32), "token_budget 32"),
+        (("--new-tokens", 3), "--new-tokens must be at least"),
+        (("--text", "no/such/file"), "No such file"),
+        (("--text", "short.txt"), "the text has 2 tokens; --tokens 4000 needs"),
+    ],
+)
+def test_demo_errors(smollm2, arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.txt").write_text("Too short")
+    assert cli.main(["demo", *map(str, arguments)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("quest-ops demo: error: ") and message in error
+
+
+def test_the_key_lies_in_the_middle_of_the_prompt(smollm2):
+    from quest_ops.llama.weights import load_checkpoint
+
+    tokenizer = load_checkpoint(smollm2, dtype=torch.bfloat16).tokenizer
+    prompt = demo.make_prompt(tokenizer, demo.default_text(), 1500)
+    assert len(prompt.tokens) == 1500
+    assert tokenizer.decode(prompt.tokens).endswith(demo.QUESTION)
+    marked = [prompt.tokens[i] for i in prompt.key_tokens]
+    assert tokenizer.decode(marked) == demo.KEY_PARAGRAPH
+    assert 600 < prompt.key_tokens[0] < prompt.key_tokens[-1] < 900
+
+
+def test_the_picture_counts_heads_and_ignores_padding():
+    generation = demo.Generation(
+        pages={
+            (0, 0): torch.tensor([[0, 2, -1], [0, 1, 2]], dtype=torch.int32),
+            (1, 1): torch.tensor([[3, -1, -1], [3, -1, -1]], dtype=torch.int32),
+        }
+    )
+    shares = demo.page_shares(generation, 4)
+    assert shares[0, 0].tolist() == [1, 0.5, 1, 0] and shares[1, 1].tolist() == [0, 0, 0, 1]
+    assert shares[0, 1].sum() == shares[1, 0].sum() == 0
+
+
+def test_an_answer_is_timed_and_its_pages_recorded(device):
+    from quest_ops.llama.config import LlamaConfig
+    from quest_ops.llama.model import Llama
+    from quest_ops.llama.weights import Checkpoint, expected_shapes
+
+    config = LlamaConfig(
+        model_type="llama",
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+        max_position_embeddings=512,
+    )
+    torch.manual_seed(0)
+    weights = {name: 0.2 * torch.randn(shape) for name, shape in expected_shapes(config).items()}
+    model = Llama.from_checkpoint(Checkpoint(config, weights, tokenizer=None)).to(device, torch.bfloat16)
+
+    class Letters:
+        def decode(self, tokens):
+            return "".join(map(chr, tokens))
+
+    prompt = demo.Prompt(torch.randint(128, (300,)).tolist(), range(100, 120))
+    quest = QuestConfig(token_budget=112)
+    dense, sparse = (
+        demo.answer(model, Letters(), prompt, attention, quest, demo.MIN_NEW_TOKENS) for attention in ("dense", "quest")
+    )
+    for answer in (dense, sparse):
+        assert len(answer.text) == demo.MIN_NEW_TOKENS and not answer.right
+        assert 0 < answer.attention_seconds and 0 < answer.step_seconds
+        assert (answer.graph_step_seconds is not None) == (device == "cuda")
+    assert dense.generation.pages == {}
+    assert set(sparse.generation.pages) == {(step, layer) for step in range(demo.RECORDED_STEPS) for layer in (0, 1)}
+    assert demo.page_shares(sparse.generation, 20).sum(-1).eq(7).all()  # of the 19 pages, 7 a layer and step
+    assert len(demo.table_rows(dense, sparse)) == (7 if device == "cuda" else 6)
