@@ -19,8 +19,7 @@ CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 # cmake and ninja come from VENV.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
-# One build folder for pip and `setup.py build_ext`, so that only what changed is compiled. CMakeBuild is setup.py's class:
-# under its name setuptools looks again when it installs in place.
+# One build folder for pip and `setup.py build_ext`, so that only what changed is compiled.
 export DIST_EXTRA_CONFIG := $(abspath $(VENV))/distutils.cfg
 
 .PHONY: help install demo test bench format lint clean
@@ -65,7 +64,7 @@ $(VENV)/bin/python:
 $(VENV)/.build-tools: $(VENV)/bin/python
 	$(PIP) install "setuptools>=77" wheel "cmake>=3.26" ninja "pybind11>=2.13" $(TOOLKIT)
 	$(VENV)/bin/python -c "import torch" 2>/dev/null || $(PIP) install "$(TORCH)"
-	printf '[%s]\nbuild_temp = build/native\n' build_ext CMakeBuild > $(DIST_EXTRA_CONFIG)
+	printf '[build_ext]\nbuild_temp = build/native\n' > $(DIST_EXTRA_CONFIG)
 	touch $@
 
 # One rule for each extra of pyproject.toml. A second one compiles nothing again.

@@ -1,4 +1,5 @@
-// The pybind11 module quest_ops._C: what was built, and the launch planner. No torch, no CUDA: importable anywhere, needed nowhere.
+// The pybind11 module quest_ops._C: what was built, and the launch planner. No torch, no CUDA: importable anywhere,
+// needed nowhere.
 #include <pybind11/pybind11.h>
 
 #include "plan.h"
@@ -8,8 +9,8 @@ namespace py = pybind11;
 PYBIND11_MODULE(_C, module) {
     module.doc() = "Build information and the launch planner of quest_ops.";
     module.attr("version") = QUEST_VERSION;
-    module.attr("cuda_archs") = QUEST_CUDA_ARCHS;        // as given to CMake, "" in a CPU-only build
-    module.attr("cuda_version") = QUEST_CUDA_VERSION;    // of nvcc
+    module.attr("cuda_archs") = QUEST_CUDA_ARCHS;      // as given to CMake, "" in a CPU-only build
+    module.attr("cuda_version") = QUEST_CUDA_VERSION;  // of nvcc
     module.attr("compiler") = __VERSION__;
     module.def(
         "plan_attention_splits",
@@ -17,7 +18,8 @@ PYBIND11_MODULE(_C, module) {
             return quest::plan_attention_splits({capability, num_sms}, items, tiles, head_dim);
         },
         py::arg("capability"), py::arg("num_sms"), py::arg("items"), py::arg("tiles"), py::arg("head_dim"),
-        "Thread blocks that share one (row, group of query heads) in sparse_decode_attention; `tiles` of 16 tokens at most.");
+        "Thread blocks that share one (row, group of query heads) in sparse_decode_attention; `tiles` of 16 tokens at "
+        "most.");
     module.def(
         "plan_walking_blocks",
         [](int capability, int num_sms, int64_t items, int max_pages, int pages_per_block) {
@@ -26,6 +28,20 @@ PYBIND11_MODULE(_C, module) {
         py::arg("capability"), py::arg("num_sms"), py::arg("items"), py::arg("max_pages"), py::arg("pages_per_block"),
         "Thread blocks that walk the pages of one (row, KV head) in estimate_page_scores and update_page_metadata.");
     module.def(
-        "overlaps_launches", [](int capability) { return quest::overlaps_launches({capability, 1}); }, py::arg("capability"),
-        "Whether kernels are chained by programmatic dependent launch.");
+        "plan_fused",
+        [](int capability, int num_sms, int64_t teams, int group, int head_dim, int max_pages) {
+            const quest::FusedPlan plan = quest::plan_fused({capability, num_sms}, teams, group, head_dim, max_pages);
+            py::dict result;
+            result["team_size"] = plan.team_log2 < 0 ? 0 : 1 << plan.team_log2;
+            result["keys_per_thread"] = plan.keys_per_thread;
+            return result;
+        },
+        py::arg("capability"), py::arg("num_sms"), py::arg("teams"), py::arg("group"), py::arg("head_dim"),
+        py::arg("max_pages"),
+        "Thread blocks that serve one (row, KV head) in the one-launch quest_decode_attention; team_size 0: the "
+        "portable "
+        "path is taken.");
+    module.def(
+        "overlaps_launches", [](int capability) { return quest::overlaps_launches({capability, 1}); },
+        py::arg("capability"), "Whether kernels are chained by programmatic dependent launch.");
 }

@@ -78,7 +78,8 @@ struct Arg {
 
     void expect_size(int64_t dim, int64_t expected, const char* meaning) const {
         if (sizes[dim] != expected)
-            fail(name, " has size ", sizes[dim], " in dimension ", dim, " (shape ", shape_text(), "), but ", meaning, " is ", expected);
+            fail(name, " has size ", sizes[dim], " in dimension ", dim, " (shape ", shape_text(), "), but ", meaning,
+                 " is ", expected);
     }
 
     void expect_dtype(ScalarType expected, const char* why = "") const {
@@ -102,7 +103,8 @@ struct Arg {
         const int64_t bytes = static_cast<int64_t>(tensor.element_size());
         for (int64_t i = 0; i + 1 < rank; ++i)
             if (sizes[i] > 1 && strides[i] * bytes % 16 != 0)
-                fail(name, " must have rows aligned to 16 bytes, got stride ", strides[i], " (", bytes, "-byte elements) in dimension ", i);
+                fail(name, " must have rows aligned to 16 bytes, got stride ", strides[i], " (", bytes,
+                     "-byte elements) in dimension ", i);
         if (reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 != 0)
             fail(name, " must start at an address aligned to 16 bytes; a slice or an odd storage offset moved it");
     }
@@ -120,7 +122,9 @@ struct Arg {
     int64_t stride_of(int64_t dim) const { return sizes[dim] > 1 ? strides[dim] : 0; }
     void* data() const { return tensor.data_ptr(); }
     template <class T>
-    T* data_as() const { return static_cast<T*>(tensor.data_ptr()); }
+    T* data_as() const {
+        return static_cast<T*>(tensor.data_ptr());
+    }
 };
 
 inline int32_t narrow(const char* name, int64_t value) {

@@ -22,8 +22,9 @@ namespace {
 void check(cudaError_t error, const char* op, int32_t device, Chip chip) {
     if (error == cudaSuccess) return;
     if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction)
-        fail(op, ": no kernel image for cuda:", device, " of compute capability ", chip.capability / 10, ".", chip.capability % 10,
-             "; this build has ", QUEST_CUDA_ARCHS, ". Rebuild with QUEST_OPS_CUDA_ARCHS=", chip.capability);
+        fail(op, ": no kernel image for cuda:", device, " of compute capability ", chip.capability / 10, ".",
+             chip.capability % 10, "; this build has ", QUEST_CUDA_ARCHS,
+             ". Rebuild with QUEST_OPS_CUDA_ARCHS=", chip.capability);
     fail(op, " failed on cuda:", device, ": ", cudaGetErrorString(error));
 }
 
@@ -37,13 +38,15 @@ Chip chip_of(int32_t device) {
         int major = 0, minor = 0;
         check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "device query", device, chip);
         check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "device query", device, chip);
-        check(cudaDeviceGetAttribute(&chip.num_sms, cudaDevAttrMultiProcessorCount, device), "device query", device, chip);
+        check(cudaDeviceGetAttribute(&chip.num_sms, cudaDevAttrMultiProcessorCount, device), "device query", device,
+              chip);
         chip.capability = 10 * major + minor;
     }
     return chip;
 }
 
-// torch's current stream. Looked up at run time, so that the library also loads under a CPU build of torch, which lacks it.
+// torch's current stream. Looked up at run time, so that the library also loads under a CPU build of torch, which lacks
+// it.
 cudaStream_t current_stream(int32_t device) {
     using Getter = AOTITorchError (*)(int32_t, void**);
     static const Getter getter = [] {
@@ -51,7 +54,8 @@ cudaStream_t current_stream(int32_t device) {
         return torch_cuda ? reinterpret_cast<Getter>(dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream")) : nullptr;
     }();
     void* stream = nullptr;
-    if (!getter || getter(device, &stream) != AOTI_TORCH_SUCCESS) fail("torch gave no current stream for cuda:", device);
+    if (!getter || getter(device, &stream) != AOTI_TORCH_SUCCESS)
+        fail("torch gave no current stream for cuda:", device);
     return static_cast<cudaStream_t>(stream);
 }
 
@@ -65,17 +69,26 @@ struct Scope {
 };
 
 template <class Params>
-void run(cudaError_t (*launch)(const Params&, Chip, cudaStream_t), const Params& params, const char* op, int32_t device) {
+void run(cudaError_t (*launch)(const Params&, Chip, cudaStream_t), const Params& params, const char* op,
+         int32_t device) {
     const Scope scope(device);
     check(launch(params, scope.chip, scope.stream), op, device, scope.chip);
 }
 
 }  // namespace
 
-void append_paged_kv(const AppendParams& params, int32_t device) { run(launch_append_paged_kv, params, "append_paged_kv", device); }
-void update_page_metadata(const UpdateParams& params, int32_t device) { run(launch_update_page_metadata, params, "update_page_metadata", device); }
-void estimate_page_scores(const EstimateParams& params, int32_t device) { run(launch_estimate_page_scores, params, "estimate_page_scores", device); }
-void select_topk_pages(const SelectParams& params, int32_t device) { run(launch_select_topk_pages, params, "select_topk_pages", device); }
+void append_paged_kv(const AppendParams& params, int32_t device) {
+    run(launch_append_paged_kv, params, "append_paged_kv", device);
+}
+void update_page_metadata(const UpdateParams& params, int32_t device) {
+    run(launch_update_page_metadata, params, "update_page_metadata", device);
+}
+void estimate_page_scores(const EstimateParams& params, int32_t device) {
+    run(launch_estimate_page_scores, params, "estimate_page_scores", device);
+}
+void select_topk_pages(const SelectParams& params, int32_t device) {
+    run(launch_select_topk_pages, params, "select_topk_pages", device);
+}
 
 void sparse_decode_attention(const AttentionParams& params, const torch::stable::Tensor& like) {
     const int32_t device = like.get_device_index();
@@ -88,7 +101,8 @@ void sparse_decode_attention(const AttentionParams& params, const torch::stable:
         scratch.out = static_cast<float*>(partial.data_ptr());
         scratch.lse = scratch.out + items * params.head_dim;
     }
-    check(launch_sparse_decode_attention(params, scratch, scope.chip, scope.stream), "sparse_decode_attention", device, scope.chip);
+    check(launch_sparse_decode_attention(params, scratch, scope.chip, scope.stream), "sparse_decode_attention", device,
+          scope.chip);
 }
 
 bool fused_quest_decode_attention(const FusedParams& params, const torch::stable::Tensor& like,
@@ -96,19 +110,24 @@ bool fused_quest_decode_attention(const FusedParams& params, const torch::stable
     const AttentionParams& a = params.attention;
     const int32_t device = like.get_device_index();
     const Scope scope(device);
-    const FusedPlan plan = plan_fused(scope.chip, int64_t(a.num_rows) * a.num_kv_heads, a.num_q_heads / a.num_kv_heads, a.head_dim, a.paging.max_pages());
+    const FusedPlan plan = plan_fused(scope.chip, int64_t(a.num_rows) * a.num_kv_heads, a.num_q_heads / a.num_kv_heads,
+                                      a.head_dim, a.paging.max_pages());
     if (plan.team_log2 < 0) return false;
     const int64_t words = fused_workspace_words(params, plan);
     torch::stable::Tensor scratch;
     if (workspace) {
-        if (workspace->numel() < 4 * words) fail("workspace has ", workspace->numel(), " bytes; this call needs ", 4 * words, " (8 MiB suffices for any)");
+        if (workspace->numel() < 4 * words)
+            fail("workspace has ", workspace->numel(), " bytes; this call needs ", 4 * words,
+                 " (8 MiB suffices for any)");
         scratch = *workspace;
     } else {
         scratch = torch::stable::new_empty(like, {words}, torch::headeronly::ScalarType::Int);
-        check(launch_clear(static_cast<uint32_t*>(scratch.data_ptr()), words, scope.chip, scope.stream), "quest_decode_attention", device, scope.chip);
+        check(launch_clear(static_cast<uint32_t*>(scratch.data_ptr()), words, scope.chip, scope.stream),
+              "quest_decode_attention", device, scope.chip);
     }
-    check(launch_quest_decode_attention(params, plan, static_cast<uint32_t*>(scratch.data_ptr()), scope.chip, scope.stream), "quest_decode_attention",
-          device, scope.chip);
+    check(launch_quest_decode_attention(params, plan, static_cast<uint32_t*>(scratch.data_ptr()), scope.chip,
+                                        scope.stream),
+          "quest_decode_attention", device, scope.chip);
     return true;
 }
 
@@ -116,7 +135,9 @@ bool fused_quest_decode_attention(const FusedParams& params, const torch::stable
 
 namespace {
 [[noreturn]] void without_cuda() {
-    fail("this build has CPU kernels only. Rebuild where nvcc is found: QUEST_OPS_DEVICE=cuda pip install --no-cache-dir --force-reinstall quest_ops");
+    fail(
+        "this build has CPU kernels only. Rebuild where nvcc is found: QUEST_OPS_DEVICE=cuda pip install "
+        "--no-cache-dir --force-reinstall quest_ops");
 }
 }  // namespace
 
@@ -125,7 +146,10 @@ void update_page_metadata(const UpdateParams&, int32_t) { without_cuda(); }
 void estimate_page_scores(const EstimateParams&, int32_t) { without_cuda(); }
 void select_topk_pages(const SelectParams&, int32_t) { without_cuda(); }
 void sparse_decode_attention(const AttentionParams&, const torch::stable::Tensor&) { without_cuda(); }
-bool fused_quest_decode_attention(const FusedParams&, const torch::stable::Tensor&, const std::optional<torch::stable::Tensor>&) { without_cuda(); }
+bool fused_quest_decode_attention(const FusedParams&, const torch::stable::Tensor&,
+                                  const std::optional<torch::stable::Tensor>&) {
+    without_cuda();
+}
 
 #endif
 

@@ -16,8 +16,9 @@ void select_topk_pages(const SelectParams& params, int32_t device);
 // Scratch for the partial results is allocated through torch beside `like`.
 void sparse_decode_attention(const AttentionParams& params, const torch::stable::Tensor& like);
 
-// In one launch, where the planner says so; false, with nothing done, where the portable path is to be taken. Without a workspace,
-// scratch is allocated through torch and cleared first.
-bool fused_quest_decode_attention(const FusedParams& params, const torch::stable::Tensor& like, const std::optional<torch::stable::Tensor>& workspace);
+// In one launch, where the planner says so; false, with nothing done, where the portable path is to be taken. Without a
+// workspace, scratch is allocated through torch and cleared first.
+bool fused_quest_decode_attention(const FusedParams& params, const torch::stable::Tensor& like,
+                                  const std::optional<torch::stable::Tensor>& workspace);
 
 }  // namespace quest::cuda

@@ -10,7 +10,7 @@
 #include <string>
 #include <tuple>
 
-#include "checks.h"
+#include "arguments.h"
 #include "cpu/kernels.h"
 #include "cuda_dispatch.h"
 
@@ -28,125 +28,12 @@ Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, Scala
     return torch::stable::new_empty(like, sizes, dtype);
 }
 
-DType dtype_of(const Arg& arg) {
-    if (arg.dtype == ScalarType::Half) return DType::kFloat16;
-    if (arg.dtype == ScalarType::BFloat16) return DType::kBFloat16;
-    if (arg.dtype == ScalarType::Float && arg.tensor.is_cpu()) return DType::kFloat32;
-    fail(arg.name, " must be float16 or bfloat16 (float32 on the CPU too), got ", name_of(arg.dtype), " on ", arg.device_text());
-}
-
-HeadReduction reduction_of(const std::string& name) {
-    if (name == "max") return HeadReduction::kMax;
-    if (name == "mean") return HeadReduction::kMean;
-    if (name == "none") return HeadReduction::kNone;
-    fail("head_reduction must be \"max\", \"mean\" or \"none\", got \"", name, "\"");
-}
-
-Rows rows_of(const Arg& a) { return {a.data(), a.stride_of(0), a.stride_of(1)}; }
-Pool pool_of(const Arg& a) { return {a.data(), a.stride_of(0), a.stride_of(1), a.stride_of(2)}; }
-Metadata metadata_of(const Arg& a) { return {a.data(), a.stride_of(0), a.stride_of(1)}; }
-
-void check_page_size(int64_t page_size, int64_t pages_per_block) {
-    expect_one_of("page_size", page_size, {8, 16, 32, 64, 128});
-    expect_range("pages_per_block (block size / page_size)", pages_per_block, 1, 8);
-}
-
-Arg cache_arg(const char* name, const Tensor& t) {
-    Arg cache(name, t, {4}, "[num_blocks, block_size, num_kv_heads, head_dim]");
-    cache.expect_aligned_rows();
-    expect_one_of("head_dim", cache.sizes[3], {64, 128, 256});
-    return cache;
-}
-
-void check_values_like_keys(const Arg& k_cache, const Arg& v_cache) {
-    v_cache.expect_device_of(k_cache);
-    v_cache.expect_dtype(k_cache.dtype, " as k_cache");
-    for (int64_t i = 0; i < 4; ++i) v_cache.expect_size(i, k_cache.sizes[i], "k_cache's");
-}
-
-// page_metadata [num_blocks, Hkv, 2, D] or [num_blocks, Hkv, M, 2, D]; returns M.
-int32_t check_metadata(const Arg& metadata, int64_t head_dim) {
-    const bool blocks_of_pages = metadata.rank == 5;
-    metadata.expect_aligned_rows();
-    metadata.expect_size(metadata.rank - 1, head_dim, "head_dim");
-    metadata.expect_size(metadata.rank - 2, 2, "the pair of bounds (lo, hi)");
-    const int64_t pages_per_block = blocks_of_pages ? metadata.sizes[2] : 1;
-    if (metadata.strides[metadata.rank - 2] != head_dim ||
-        (blocks_of_pages && pages_per_block > 1 && metadata.strides[2] != 2 * head_dim))
-        fail("page_metadata must be contiguous within a block and head, got strides [", join(metadata.tensor.strides()), "]");
-    return narrow("pages_per_block", pages_per_block);
-}
-
-const char* const kMetadataShape = "[num_blocks, num_kv_heads, 2, head_dim] or [num_blocks, num_kv_heads, pages_per_block, 2, head_dim]";
-
-void check_metadata_of_cache(const Arg& metadata, const Arg& k_cache) {
-    metadata.expect_device_of(k_cache);
-    metadata.expect_dtype(k_cache.dtype, " as k_cache");
-    metadata.expect_size(0, k_cache.sizes[0], "k_cache's num_blocks");
-    metadata.expect_size(1, k_cache.sizes[2], "k_cache's num_kv_heads");
-}
-
-int64_t page_size_of(const Arg& k_cache, int32_t pages_per_block) {
-    if (pages_per_block < 1 || k_cache.sizes[1] % pages_per_block != 0)
-        fail("k_cache has blocks of ", k_cache.sizes[1], " tokens, which page_metadata's ", pages_per_block, " pages a block do not divide");
-    check_page_size(k_cache.sizes[1] / pages_per_block, pages_per_block);
-    return k_cache.sizes[1] / pages_per_block;
-}
-
-Paging paging_of(const Arg& table, const Arg& beside, int64_t page_size, int64_t pages_per_block) {
-    table.expect_dtype(ScalarType::Int);
-    table.expect_device_of(beside);
-    if (table.sizes[1] > 1 && table.strides[1] != 1)
-        fail("block_table must be contiguous in its last dimension, got stride ", table.strides[1]);
-    const int64_t pages = table.sizes[1] * pages_per_block;
-    narrow("block_table's capacity in tokens", pages * page_size);
-    return {table.data_as<const int32_t>(), table.stride_of(0), static_cast<int32_t>(table.sizes[1]),
-            static_cast<int32_t>(page_size), static_cast<int32_t>(pages_per_block),
-            pages_per_block == 1 ? 0 : static_cast<uint32_t>(UINT32_MAX / pages_per_block + 1)};
-}
-
-const int32_t* lengths_of(const Arg& lengths, int64_t expected, const char* meaning, const Arg& beside) {
-    lengths.expect_dtype(ScalarType::Int);
-    lengths.expect_device_of(beside);
-    lengths.expect_size(0, expected, meaning);
-    lengths.expect_contiguous();
-    return lengths.data_as<const int32_t>();
-}
-
-// query [R, Hq, D] against Hkv heads and B requests; returns T.
-int32_t check_query(const Arg& query, int64_t head_dim, int64_t num_kv_heads, int64_t num_requests) {
-    query.expect_aligned_rows();
-    query.expect_size(2, head_dim, "head_dim");
-    if (num_kv_heads < 1 || query.sizes[1] < 1 || query.sizes[1] % num_kv_heads != 0)
-        fail("query has ", query.sizes[1], " heads, not a multiple of the ", num_kv_heads, " KV heads");
-    expect_range("query heads a KV head", query.sizes[1] / num_kv_heads, 1, 16);
-    if (query.sizes[0] == 0 && num_requests == 0) return 1;
-    if (num_requests < 1 || query.sizes[0] % num_requests != 0)
-        fail("query has ", query.sizes[0], " rows, not a multiple of block_table's ", num_requests, " requests");
-    const int64_t rows_per_request = query.sizes[0] / num_requests;
-    if (query.sizes[0] > 0) expect_range("rows a request (query rows / block_table rows)", rows_per_request, 1, 8);
-    return static_cast<int32_t>(rows_per_request > 0 ? rows_per_request : 1);
-}
-
-// On the CPU the values that address memory are looked at too; on a GPU that would cost a synchronisation, and
-// QUEST_OPS_CHECK=1 asks for it (quest_ops/ops.py).
-void check_table_values(const Paging& paging, int64_t num_requests, const int32_t* seq_lens, int64_t rows_per_request, int64_t num_blocks) {
-    for (int64_t b = 0; b < num_requests; ++b) {
-        int64_t length = 0;
-        for (int64_t t = 0; t < rows_per_request; ++t) length = std::max<int64_t>(length, seq_lens[b * rows_per_request + t]);
-        const int64_t used = std::min<int64_t>((length + paging.block_size() - 1) / paging.block_size(), paging.max_blocks);
-        for (int64_t i = 0; i < used; ++i) {
-            const int32_t block = paging.block_table[b * paging.table_stride + i];
-            if (block < 0 || block >= num_blocks)
-                fail("block_table[", b, ", ", i, "] is ", block, ", but the cache has blocks 0..", num_blocks - 1, " and seq_lens reach that entry");
-        }
-    }
-}
-
 void append_paged_kv(Tensor key_, Tensor value_, Tensor k_cache_, Tensor v_cache_, Tensor metadata_, Tensor slots_) {
     const Arg k_cache = cache_arg("k_cache", k_cache_), v_cache = cache_arg("v_cache", v_cache_);
-    const Arg key("key", key_, {3}, "[tokens, num_kv_heads, head_dim]"), value("value", value_, {3}, "[tokens, num_kv_heads, head_dim]");
-    const Arg metadata("page_metadata", metadata_, {4, 5}, kMetadataShape), slots("slot_mapping", slots_, {1}, "[tokens]");
+    const Arg key("key", key_, {3}, "[tokens, num_kv_heads, head_dim]"),
+        value("value", value_, {3}, "[tokens, num_kv_heads, head_dim]");
+    const Arg metadata("page_metadata", metadata_, {4, 5}, kMetadataShape),
+        slots("slot_mapping", slots_, {1}, "[tokens]");
     const DType dtype = dtype_of(k_cache);
     check_values_like_keys(k_cache, v_cache);
     for (const Arg* cache : {&k_cache, &v_cache, &metadata}) cache->expect_no_overlap();
@@ -164,43 +51,59 @@ void append_paged_kv(Tensor key_, Tensor value_, Tensor k_cache_, Tensor v_cache
     slots.expect_dtype(ScalarType::Long);
     slots.expect_device_of(k_cache);
     slots.expect_contiguous();
-    if (slots.sizes[0] > key.sizes[0]) fail("slot_mapping has ", slots.sizes[0], " entries, but key has only ", key.sizes[0], " rows");
+    if (slots.sizes[0] > key.sizes[0])
+        fail("slot_mapping has ", slots.sizes[0], " entries, but key has only ", key.sizes[0], " rows");
 
-    const AppendParams params{rows_of(key), rows_of(value), pool_of(k_cache), pool_of(v_cache), metadata_of(metadata),
-                              slots.data_as<const int64_t>(), narrow("slot_mapping's length", slots.sizes[0]),
-                              narrow("num_kv_heads", k_cache.sizes[2]), narrow("head_dim", k_cache.sizes[3]),
-                              static_cast<int32_t>(page_size), pages_per_block, dtype};
+    const AppendParams params{rows_of(key),
+                              rows_of(value),
+                              pool_of(k_cache),
+                              pool_of(v_cache),
+                              metadata_of(metadata),
+                              slots.data_as<const int64_t>(),
+                              narrow("slot_mapping's length", slots.sizes[0]),
+                              narrow("num_kv_heads", k_cache.sizes[2]),
+                              narrow("head_dim", k_cache.sizes[3]),
+                              static_cast<int32_t>(page_size),
+                              pages_per_block,
+                              dtype};
     if (params.num_tokens == 0 || params.num_kv_heads == 0) return;
     if (k_cache.tensor.is_cuda()) return cuda::append_paged_kv(params, k_cache.tensor.get_device_index());
     const int64_t capacity = k_cache.sizes[0] * k_cache.sizes[1];
     for (int32_t i = 0; i < params.num_tokens; ++i)
-        if (params.slot_mapping[i] >= capacity) fail("slot_mapping[", i, "] is ", params.slot_mapping[i], ", but the cache has slots 0..", capacity - 1);
+        if (params.slot_mapping[i] >= capacity)
+            fail("slot_mapping[", i, "] is ", params.slot_mapping[i], ", but the cache has slots 0..", capacity - 1);
     cpu::append_paged_kv(params);
 }
 
 void update_page_metadata(Tensor k_cache_, Tensor metadata_, Tensor table_, Tensor seq_lens_, Tensor start_lens_) {
     const Arg k_cache = cache_arg("k_cache", k_cache_);
-    const Arg metadata("page_metadata", metadata_, {4, 5}, kMetadataShape), table("block_table", table_, {2}, "[requests, max_blocks]");
-    const Arg seq_lens("seq_lens", seq_lens_, {1}, "[requests]"), start_lens("start_lens", start_lens_, {1}, "[requests]");
+    const Arg metadata("page_metadata", metadata_, {4, 5}, kMetadataShape),
+        table("block_table", table_, {2}, "[requests, max_blocks]");
+    const Arg seq_lens("seq_lens", seq_lens_, {1}, "[requests]"),
+        start_lens("start_lens", start_lens_, {1}, "[requests]");
     const DType dtype = dtype_of(k_cache);
     metadata.expect_no_overlap();
     check_metadata_of_cache(metadata, k_cache);
     const int32_t pages_per_block = check_metadata(metadata, k_cache.sizes[3]);
     const int64_t page_size = page_size_of(k_cache, pages_per_block);
 
-    const UpdateParams params{pool_of(k_cache), metadata_of(metadata), paging_of(table, k_cache, page_size, pages_per_block),
+    const UpdateParams params{pool_of(k_cache),
+                              metadata_of(metadata),
+                              paging_of(table, k_cache, page_size, pages_per_block),
                               lengths_of(seq_lens, table.sizes[0], "block_table's number of requests", k_cache),
                               lengths_of(start_lens, table.sizes[0], "block_table's number of requests", k_cache),
-                              narrow("requests", table.sizes[0]), narrow("num_kv_heads", k_cache.sizes[2]),
-                              narrow("head_dim", k_cache.sizes[3]), dtype};
+                              narrow("requests", table.sizes[0]),
+                              narrow("num_kv_heads", k_cache.sizes[2]),
+                              narrow("head_dim", k_cache.sizes[3]),
+                              dtype};
     if (params.num_requests == 0 || params.num_kv_heads == 0 || params.paging.max_blocks == 0) return;
     if (k_cache.tensor.is_cuda()) return cuda::update_page_metadata(params, k_cache.tensor.get_device_index());
     check_table_values(params.paging, params.num_requests, params.seq_lens, 1, k_cache.sizes[0]);
     cpu::update_page_metadata(params);
 }
 
-EstimateParams estimate_params(const Arg& query, const Arg& metadata, const Arg& table, const Arg& seq_lens, int64_t page_size,
-                               HeadReduction reduction) {
+EstimateParams estimate_params(const Arg& query, const Arg& metadata, const Arg& table, const Arg& seq_lens,
+                               int64_t page_size, HeadReduction reduction) {
     const DType dtype = dtype_of(query);
     expect_one_of("head_dim", query.sizes[2], {64, 128, 256});
     metadata.expect_device_of(query);
@@ -208,15 +111,28 @@ EstimateParams estimate_params(const Arg& query, const Arg& metadata, const Arg&
     const int32_t pages_per_block = check_metadata(metadata, query.sizes[2]);
     check_page_size(page_size, pages_per_block);
     const int32_t rows_per_request = check_query(query, query.sizes[2], metadata.sizes[1], table.sizes[0]);
-    return {rows_of(query), metadata_of(metadata), paging_of(table, query, page_size, pages_per_block),
-            lengths_of(seq_lens, query.sizes[0], "query's number of rows", query), nullptr, narrow("rows", query.sizes[0]),
-            rows_per_request, narrow("query heads", query.sizes[1]), narrow("num_kv_heads", metadata.sizes[1]),
-            narrow("head_dim", query.sizes[2]), reduction, dtype, true, 0};
+    return {rows_of(query),
+            metadata_of(metadata),
+            paging_of(table, query, page_size, pages_per_block),
+            lengths_of(seq_lens, query.sizes[0], "query's number of rows", query),
+            nullptr,
+            narrow("rows", query.sizes[0]),
+            rows_per_request,
+            narrow("query heads", query.sizes[1]),
+            narrow("num_kv_heads", metadata.sizes[1]),
+            narrow("head_dim", query.sizes[2]),
+            reduction,
+            dtype,
+            true,
+            0};
 }
 
-Tensor estimate_page_scores(Tensor query_, Tensor metadata_, Tensor table_, Tensor seq_lens_, int64_t page_size, std::string head_reduction) {
-    const Arg query("query", query_, {3}, "[rows, num_q_heads, head_dim]"), metadata("page_metadata", metadata_, {4, 5}, kMetadataShape);
-    const Arg table("block_table", table_, {2}, "[requests, max_blocks]"), seq_lens("seq_lens", seq_lens_, {1}, "[rows]");
+Tensor estimate_page_scores(Tensor query_, Tensor metadata_, Tensor table_, Tensor seq_lens_, int64_t page_size,
+                            std::string head_reduction) {
+    const Arg query("query", query_, {3}, "[rows, num_q_heads, head_dim]"),
+        metadata("page_metadata", metadata_, {4, 5}, kMetadataShape);
+    const Arg table("block_table", table_, {2}, "[requests, max_blocks]"),
+        seq_lens("seq_lens", seq_lens_, {1}, "[rows]");
     EstimateParams params = estimate_params(query, metadata, table, seq_lens, page_size, reduction_of(head_reduction));
     const int64_t heads = params.head_reduction == HeadReduction::kNone ? params.num_q_heads : params.num_kv_heads;
     Tensor scores = new_empty(query_, {params.num_rows, heads, params.paging.max_pages()}, ScalarType::Float);
@@ -231,33 +147,11 @@ Tensor estimate_page_scores(Tensor query_, Tensor metadata_, Tensor table_, Tens
     return scores;
 }
 
-void check_budget(int64_t page_budget, int64_t sink_pages, int64_t recent_pages) {
-    expect_range("sink_pages", sink_pages, 0, INT32_MAX);
-    expect_range("recent_pages", recent_pages, 1, INT32_MAX);  // 1: the page being written
-    expect_range("page_budget", page_budget, 1, INT32_MAX);
-    if (page_budget < sink_pages + recent_pages + 1)
-        fail("page_budget must hold sink_pages + recent_pages + 1 = ", sink_pages + recent_pages + 1, " pages, got ", page_budget);
-}
-
-// page_budgets [R] or [R, Hs] int32, contiguous; returns its pointer and sets how many heads it names.
-const int32_t* budgets_of(const std::optional<Tensor>& budgets_, const Arg& beside, int64_t rows, int64_t heads, int32_t* budget_heads) {
-    *budget_heads = 1;
-    if (!budgets_) return nullptr;
-    const Arg budgets("page_budgets", *budgets_, {1, 2}, "[rows] or [rows, heads]");
-    budgets.expect_dtype(ScalarType::Int);
-    budgets.expect_device_of(beside);
-    budgets.expect_size(0, rows, "the number of rows");
-    budgets.expect_contiguous();
-    if (budgets.rank == 2) {
-        budgets.expect_size(1, heads, "the number of selecting heads");
-        *budget_heads = static_cast<int32_t>(heads);
-    }
-    return budgets.data_as<const int32_t>();
-}
-
-std::tuple<Tensor, Tensor> select_topk_pages(Tensor scores_, Tensor seq_lens_, int64_t page_size, int64_t page_budget, int64_t sink_pages,
-                                             int64_t recent_pages, std::optional<Tensor> page_budgets) {
-    const Arg scores("scores", scores_, {3}, "[rows, heads, max_pages]"), seq_lens("seq_lens", seq_lens_, {1}, "[rows]");
+std::tuple<Tensor, Tensor> select_topk_pages(Tensor scores_, Tensor seq_lens_, int64_t page_size, int64_t page_budget,
+                                             int64_t sink_pages, int64_t recent_pages,
+                                             std::optional<Tensor> page_budgets) {
+    const Arg scores("scores", scores_, {3}, "[rows, heads, max_pages]"),
+        seq_lens("seq_lens", seq_lens_, {1}, "[rows]");
     scores.expect_dtype(ScalarType::Float);
     scores.expect_contiguous();
     check_page_size(page_size, 1);
@@ -268,10 +162,19 @@ std::tuple<Tensor, Tensor> select_topk_pages(Tensor scores_, Tensor seq_lens_, i
     const int32_t* lengths = lengths_of(seq_lens, scores.sizes[0], "scores' number of rows", scores);
     Tensor page_ids = new_empty(scores_, {scores.sizes[0], scores.sizes[1], page_budget}, ScalarType::Int);
     Tensor page_counts = new_empty(scores_, {scores.sizes[0], scores.sizes[1]}, ScalarType::Int);
-    const SelectParams params{scores.data_as<const float>(), lengths, budgets, budget_heads, static_cast<int32_t*>(page_ids.data_ptr()),
-                              static_cast<int32_t*>(page_counts.data_ptr()), narrow("rows", scores.sizes[0]), narrow("heads", scores.sizes[1]),
-                              narrow("max_pages", scores.sizes[2]), static_cast<int32_t>(page_size), static_cast<int32_t>(page_budget),
-                              static_cast<int32_t>(sink_pages), static_cast<int32_t>(recent_pages)};
+    const SelectParams params{scores.data_as<const float>(),
+                              lengths,
+                              budgets,
+                              budget_heads,
+                              static_cast<int32_t*>(page_ids.data_ptr()),
+                              static_cast<int32_t*>(page_counts.data_ptr()),
+                              narrow("rows", scores.sizes[0]),
+                              narrow("heads", scores.sizes[1]),
+                              narrow("max_pages", scores.sizes[2]),
+                              static_cast<int32_t>(page_size),
+                              static_cast<int32_t>(page_budget),
+                              static_cast<int32_t>(sink_pages),
+                              static_cast<int32_t>(recent_pages)};
     if (page_counts.numel() > 0) {
         if (scores.tensor.is_cuda())
             cuda::select_topk_pages(params, scores.tensor.get_device_index());
@@ -281,42 +184,32 @@ std::tuple<Tensor, Tensor> select_topk_pages(Tensor scores_, Tensor seq_lens_, i
     return {page_ids, page_counts};
 }
 
-AttentionParams attention_params(const Arg& query, const Arg& k_cache, const Arg& v_cache, const Arg& table, const Arg& seq_lens,
-                                 int64_t page_size, int64_t pages_per_block, std::optional<double> sm_scale) {
+AttentionParams attention_params(const Arg& query, const Arg& k_cache, const Arg& v_cache, const Arg& table,
+                                 const Arg& seq_lens, int64_t page_size, int64_t pages_per_block,
+                                 std::optional<double> sm_scale) {
     const DType dtype = dtype_of(query);
     k_cache.expect_device_of(query);
     k_cache.expect_dtype(query.dtype, " as query");
     check_values_like_keys(k_cache, v_cache);
     const int32_t rows_per_request = check_query(query, k_cache.sizes[3], k_cache.sizes[2], table.sizes[0]);
-    return {rows_of(query), pool_of(k_cache), pool_of(v_cache), paging_of(table, query, page_size, pages_per_block),
-            lengths_of(seq_lens, query.sizes[0], "query's number of rows", query), nullptr, nullptr, 1, 0, {}, nullptr,
-            narrow("rows", query.sizes[0]), rows_per_request, narrow("query heads", query.sizes[1]), narrow("num_kv_heads", k_cache.sizes[2]),
-            narrow("head_dim", query.sizes[2]), static_cast<float>(sm_scale ? *sm_scale : 1.0 / std::sqrt(double(query.sizes[2]))), dtype};
-}
-
-// The caller's out and lse, checked, or fresh ones.
-void bind_output(AttentionParams& params, const Arg& query, const Tensor& out_, const Tensor& lse_) {
-    const Arg out("out", out_, {3}, "[rows, num_q_heads, head_dim]"), lse("lse", lse_, {2}, "[rows, num_q_heads]");
-    out.expect_dtype(query.dtype, " as query");
-    lse.expect_dtype(ScalarType::Float);
-    for (int64_t i = 0; i < 3; ++i) out.expect_size(i, query.sizes[i], "query's");
-    for (int64_t i = 0; i < 2; ++i) lse.expect_size(i, query.sizes[i], "query's");
-    for (const Arg* arg : {&out, &lse}) {
-        arg->expect_device_of(query);
-        arg->expect_no_overlap();
-    }
-    out.expect_aligned_rows();
-    lse.expect_contiguous();
-    params.out = rows_of(out);
-    params.lse = static_cast<float*>(lse.data());
-}
-
-void check_workspace(const std::optional<Tensor>& workspace_, const Arg& query) {
-    if (!workspace_) return;
-    const Arg workspace("workspace", *workspace_, {1}, "[bytes]");
-    workspace.expect_dtype(ScalarType::Byte);
-    workspace.expect_device_of(query);
-    workspace.expect_aligned_rows();
+    return {rows_of(query),
+            pool_of(k_cache),
+            pool_of(v_cache),
+            paging_of(table, query, page_size, pages_per_block),
+            lengths_of(seq_lens, query.sizes[0], "query's number of rows", query),
+            nullptr,
+            nullptr,
+            1,
+            0,
+            {},
+            nullptr,
+            narrow("rows", query.sizes[0]),
+            rows_per_request,
+            narrow("query heads", query.sizes[1]),
+            narrow("num_kv_heads", k_cache.sizes[2]),
+            narrow("head_dim", query.sizes[2]),
+            static_cast<float>(sm_scale ? *sm_scale : 1.0 / std::sqrt(double(query.sizes[2]))),
+            dtype};
 }
 
 std::tuple<Tensor, Tensor> new_output(const Tensor& query) {
@@ -324,16 +217,20 @@ std::tuple<Tensor, Tensor> new_output(const Tensor& query) {
             new_empty(query, {query.size(0), query.size(1)}, ScalarType::Float)};
 }
 
-void sparse_decode_attention_out(Tensor query_, Tensor k_cache_, Tensor v_cache_, Tensor table_, Tensor seq_lens_, std::optional<Tensor> page_ids_,
-                                 std::optional<Tensor> page_counts_, std::optional<int64_t> page_size_, std::optional<double> sm_scale,
-                                 Tensor out, Tensor lse) {
+void sparse_decode_attention_out(Tensor query_, Tensor k_cache_, Tensor v_cache_, Tensor table_, Tensor seq_lens_,
+                                 std::optional<Tensor> page_ids_, std::optional<Tensor> page_counts_,
+                                 std::optional<int64_t> page_size_, std::optional<double> sm_scale, Tensor out,
+                                 Tensor lse) {
     const Arg query("query", query_, {3}, "[rows, num_q_heads, head_dim]");
     const Arg k_cache = cache_arg("k_cache", k_cache_), v_cache = cache_arg("v_cache", v_cache_);
-    const Arg table("block_table", table_, {2}, "[requests, max_blocks]"), seq_lens("seq_lens", seq_lens_, {1}, "[rows]");
+    const Arg table("block_table", table_, {2}, "[requests, max_blocks]"),
+        seq_lens("seq_lens", seq_lens_, {1}, "[rows]");
     const int64_t page_size = page_size_ ? *page_size_ : k_cache.sizes[1];
-    if (page_size < 1 || k_cache.sizes[1] % page_size != 0) fail("page_size ", page_size, " does not divide k_cache's blocks of ", k_cache.sizes[1], " tokens");
+    if (page_size < 1 || k_cache.sizes[1] % page_size != 0)
+        fail("page_size ", page_size, " does not divide k_cache's blocks of ", k_cache.sizes[1], " tokens");
     check_page_size(page_size, k_cache.sizes[1] / page_size);
-    AttentionParams params = attention_params(query, k_cache, v_cache, table, seq_lens, page_size, k_cache.sizes[1] / page_size, sm_scale);
+    AttentionParams params =
+        attention_params(query, k_cache, v_cache, table, seq_lens, page_size, k_cache.sizes[1] / page_size, sm_scale);
     if (page_counts_ && !page_ids_) fail("page_counts was given without page_ids");
     if (page_ids_) {
         const Arg ids("page_ids", *page_ids_, {3}, "[rows, 1 or num_kv_heads or num_q_heads, page_budget]");
@@ -343,7 +240,8 @@ void sparse_decode_attention_out(Tensor query_, Tensor k_cache_, Tensor v_cache_
         ids.expect_contiguous();
         if (ids.sizes[2] < 1) fail("page_ids must list at least 1 page a row and head, got shape ", ids.shape_text());
         if (ids.sizes[1] != 1 && ids.sizes[1] != params.num_kv_heads && ids.sizes[1] != params.num_q_heads)
-            fail("page_ids has ", ids.sizes[1], " heads; supported: 1, num_kv_heads (", params.num_kv_heads, ") or num_q_heads (", params.num_q_heads, ")");
+            fail("page_ids has ", ids.sizes[1], " heads; supported: 1, num_kv_heads (", params.num_kv_heads,
+                 ") or num_q_heads (", params.num_q_heads, ")");
         params.page_ids = ids.data_as<const int32_t>();
         params.id_heads = static_cast<int32_t>(ids.sizes[1]);
         params.max_ids = narrow("page_ids' budget", ids.sizes[2]);
@@ -363,29 +261,36 @@ void sparse_decode_attention_out(Tensor query_, Tensor k_cache_, Tensor v_cache_
     cpu::sparse_decode_attention(params);
 }
 
-std::tuple<Tensor, Tensor> sparse_decode_attention(Tensor query, Tensor k_cache, Tensor v_cache, Tensor table, Tensor seq_lens,
-                                                   std::optional<Tensor> page_ids, std::optional<Tensor> page_counts,
-                                                   std::optional<int64_t> page_size, std::optional<double> sm_scale) {
+std::tuple<Tensor, Tensor> sparse_decode_attention(Tensor query, Tensor k_cache, Tensor v_cache, Tensor table,
+                                                   Tensor seq_lens, std::optional<Tensor> page_ids,
+                                                   std::optional<Tensor> page_counts, std::optional<int64_t> page_size,
+                                                   std::optional<double> sm_scale) {
     if (query.dim() != 3) fail("query must have shape [rows, num_q_heads, head_dim], got ", query.dim(), " dimensions");
     auto [out, lse] = new_output(query);
-    sparse_decode_attention_out(query, k_cache, v_cache, table, seq_lens, page_ids, page_counts, page_size, sm_scale, out, lse);
+    sparse_decode_attention_out(query, k_cache, v_cache, table, seq_lens, page_ids, page_counts, page_size, sm_scale,
+                                out, lse);
     return {out, lse};
 }
 
-void quest_decode_attention_out(Tensor query_, Tensor k_cache_, Tensor v_cache_, Tensor metadata_, Tensor table_, Tensor seq_lens_,
-                                int64_t page_budget, int64_t sink_pages, int64_t recent_pages, std::string head_reduction,
-                                std::optional<double> sm_scale, std::optional<Tensor> page_budgets, std::optional<Tensor> workspace,
-                                Tensor out, Tensor lse) {
+void quest_decode_attention_out(Tensor query_, Tensor k_cache_, Tensor v_cache_, Tensor metadata_, Tensor table_,
+                                Tensor seq_lens_, int64_t page_budget, int64_t sink_pages, int64_t recent_pages,
+                                std::string head_reduction, std::optional<double> sm_scale,
+                                std::optional<Tensor> page_budgets, std::optional<Tensor> workspace, Tensor out,
+                                Tensor lse) {
     const Arg query("query", query_, {3}, "[rows, num_q_heads, head_dim]");
     const Arg k_cache = cache_arg("k_cache", k_cache_), v_cache = cache_arg("v_cache", v_cache_);
     const Arg metadata("page_metadata", metadata_, {4, 5}, kMetadataShape);
-    const Arg table("block_table", table_, {2}, "[requests, max_blocks]"), seq_lens("seq_lens", seq_lens_, {1}, "[rows]");
+    const Arg table("block_table", table_, {2}, "[requests, max_blocks]"),
+        seq_lens("seq_lens", seq_lens_, {1}, "[rows]");
     check_metadata_of_cache(metadata, k_cache);
     const int64_t page_size = page_size_of(k_cache, check_metadata(metadata, k_cache.sizes[3]));
-    AttentionParams attention = attention_params(query, k_cache, v_cache, table, seq_lens, page_size, k_cache.sizes[1] / page_size, sm_scale);
-    EstimateParams estimate = estimate_params(query, metadata, table, seq_lens, page_size, reduction_of(head_reduction));
+    AttentionParams attention =
+        attention_params(query, k_cache, v_cache, table, seq_lens, page_size, k_cache.sizes[1] / page_size, sm_scale);
+    EstimateParams estimate =
+        estimate_params(query, metadata, table, seq_lens, page_size, reduction_of(head_reduction));
     check_budget(page_budget, sink_pages, recent_pages);
-    const int64_t heads = estimate.head_reduction == HeadReduction::kNone ? estimate.num_q_heads : estimate.num_kv_heads;
+    const int64_t heads =
+        estimate.head_reduction == HeadReduction::kNone ? estimate.num_q_heads : estimate.num_kv_heads;
     int32_t budget_heads;
     const int32_t* budgets = budgets_of(page_budgets, query, query.sizes[0], heads, &budget_heads);
     bind_output(attention, query, out, lse);
@@ -397,8 +302,15 @@ void quest_decode_attention_out(Tensor query_, Tensor k_cache_, Tensor v_cache_,
     const bool covers = page_budget >= max_pages && !budgets;
     const int64_t kept = std::min<int64_t>(page_budget, std::max(max_pages, 1));
     if (query.tensor.is_cuda() && estimate.head_reduction != HeadReduction::kNone) {
-        const FusedParams fused{attention, estimate.metadata, narrow("num_blocks", metadata.sizes[0]), estimate.head_reduction, budgets, budget_heads, static_cast<int32_t>(kept),
-                                static_cast<int32_t>(sink_pages), static_cast<int32_t>(recent_pages)};
+        const FusedParams fused{attention,
+                                estimate.metadata,
+                                narrow("num_blocks", metadata.sizes[0]),
+                                estimate.head_reduction,
+                                budgets,
+                                budget_heads,
+                                static_cast<int32_t>(kept),
+                                static_cast<int32_t>(sink_pages),
+                                static_cast<int32_t>(recent_pages)};
         if (cuda::fused_quest_decode_attention(fused, query_, workspace)) return;
     }
     Tensor scores, page_ids, page_counts;
@@ -414,9 +326,19 @@ void quest_decode_attention_out(Tensor query_, Tensor k_cache_, Tensor v_cache_,
         attention.page_counts = static_cast<const int32_t*>(page_counts.data_ptr());
         attention.id_heads = static_cast<int32_t>(heads);
         attention.max_ids = static_cast<int32_t>(kept);
-        select = {estimate.scores, estimate.seq_lens, budgets, budget_heads, static_cast<int32_t*>(page_ids.data_ptr()),
-                  static_cast<int32_t*>(page_counts.data_ptr()), estimate.num_rows, static_cast<int32_t>(heads), max_pages,
-                  static_cast<int32_t>(page_size), static_cast<int32_t>(kept), static_cast<int32_t>(sink_pages), static_cast<int32_t>(recent_pages)};
+        select = {estimate.scores,
+                  estimate.seq_lens,
+                  budgets,
+                  budget_heads,
+                  static_cast<int32_t*>(page_ids.data_ptr()),
+                  static_cast<int32_t*>(page_counts.data_ptr()),
+                  estimate.num_rows,
+                  static_cast<int32_t>(heads),
+                  max_pages,
+                  static_cast<int32_t>(page_size),
+                  static_cast<int32_t>(kept),
+                  static_cast<int32_t>(sink_pages),
+                  static_cast<int32_t>(recent_pages)};
     }
     if (query.tensor.is_cuda()) {
         const int32_t device = query.tensor.get_device_index();
@@ -426,7 +348,8 @@ void quest_decode_attention_out(Tensor query_, Tensor k_cache_, Tensor v_cache_,
         }
         return cuda::sparse_decode_attention(attention, query_);
     }
-    check_table_values(attention.paging, table.sizes[0], attention.seq_lens, attention.rows_per_request, k_cache.sizes[0]);
+    check_table_values(attention.paging, table.sizes[0], attention.seq_lens, attention.rows_per_request,
+                       k_cache.sizes[0]);
     if (!covers) {
         cpu::estimate_page_scores(estimate);
         cpu::select_topk_pages(select);
@@ -434,14 +357,15 @@ void quest_decode_attention_out(Tensor query_, Tensor k_cache_, Tensor v_cache_,
     cpu::sparse_decode_attention(attention);
 }
 
-std::tuple<Tensor, Tensor> quest_decode_attention(Tensor query, Tensor k_cache, Tensor v_cache, Tensor metadata, Tensor table, Tensor seq_lens,
-                                                  int64_t page_budget, int64_t sink_pages, int64_t recent_pages, std::string head_reduction,
+std::tuple<Tensor, Tensor> quest_decode_attention(Tensor query, Tensor k_cache, Tensor v_cache, Tensor metadata,
+                                                  Tensor table, Tensor seq_lens, int64_t page_budget,
+                                                  int64_t sink_pages, int64_t recent_pages, std::string head_reduction,
                                                   std::optional<double> sm_scale, std::optional<Tensor> page_budgets,
                                                   std::optional<Tensor> workspace) {
     if (query.dim() != 3) fail("query must have shape [rows, num_q_heads, head_dim], got ", query.dim(), " dimensions");
     auto [out, lse] = new_output(query);
-    quest_decode_attention_out(query, k_cache, v_cache, metadata, table, seq_lens, page_budget, sink_pages, recent_pages, head_reduction, sm_scale,
-                               page_budgets, workspace, out, lse);
+    quest_decode_attention_out(query, k_cache, v_cache, metadata, table, seq_lens, page_budget, sink_pages,
+                               recent_pages, head_reduction, sm_scale, page_budgets, workspace, out, lse);
     return {out, lse};
 }
 
@@ -459,25 +383,52 @@ void implement(torch::stable::detail::StableLibrary& library) {
 }  // namespace
 }  // namespace quest
 
+// For `quest-ops info`: the CPU kernels' instruction set, or what is wrong with the one asked for.
+extern "C" __attribute__((visibility("default"))) const char* quest_ops_cpu_capability() {
+    static thread_local std::string error;
+    try {
+        return quest::cpu::cpu_capability();
+    } catch (const std::exception& e) {
+        error = e.what();
+        return error.c_str();
+    }
+}
+
 STABLE_TORCH_LIBRARY(quest_ops, library) {
-    library.def("append_paged_kv(Tensor key, Tensor value, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) page_metadata, "
-                "Tensor slot_mapping) -> ()");
-    library.def("update_page_metadata(Tensor k_cache, Tensor(a!) page_metadata, Tensor block_table, Tensor seq_lens, Tensor start_lens) -> ()");
-    library.def("estimate_page_scores(Tensor query, Tensor page_metadata, Tensor block_table, Tensor seq_lens, int page_size, "
-                "str head_reduction) -> Tensor");
-    library.def("select_topk_pages(Tensor scores, Tensor seq_lens, int page_size, int page_budget, int sink_pages, int recent_pages, *, "
-                "Tensor? page_budgets=None) -> (Tensor, Tensor)");
-    library.def("sparse_decode_attention(Tensor query, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, "
-                "Tensor? page_ids=None, Tensor? page_counts=None, *, int? page_size=None, float? sm_scale=None) -> (Tensor, Tensor)");
-    library.def("sparse_decode_attention_out(Tensor query, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, "
-                "Tensor? page_ids=None, Tensor? page_counts=None, *, int? page_size=None, float? sm_scale=None, "
-                "Tensor(a!) out, Tensor(b!) lse) -> ()");
-    library.def("quest_decode_attention(Tensor query, Tensor k_cache, Tensor v_cache, Tensor page_metadata, Tensor block_table, "
-                "Tensor seq_lens, int page_budget, int sink_pages, int recent_pages, str head_reduction, *, float? sm_scale=None, "
-                "Tensor? page_budgets=None, Tensor(a!)? workspace=None) -> (Tensor, Tensor)");
-    library.def("quest_decode_attention_out(Tensor query, Tensor k_cache, Tensor v_cache, Tensor page_metadata, Tensor block_table, "
-                "Tensor seq_lens, int page_budget, int sink_pages, int recent_pages, str head_reduction, *, float? sm_scale=None, "
-                "Tensor? page_budgets=None, Tensor(a!)? workspace=None, Tensor(b!) out, Tensor(c!) lse) -> ()");
+    library.def(
+        "append_paged_kv(Tensor key, Tensor value, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) page_metadata, "
+        "Tensor slot_mapping) -> ()");
+    library.def(
+        "update_page_metadata(Tensor k_cache, Tensor(a!) page_metadata, Tensor block_table, Tensor seq_lens, Tensor "
+        "start_lens) -> ()");
+    library.def(
+        "estimate_page_scores(Tensor query, Tensor page_metadata, Tensor block_table, Tensor seq_lens, int page_size, "
+        "str head_reduction) -> Tensor");
+    library.def(
+        "select_topk_pages(Tensor scores, Tensor seq_lens, int page_size, int page_budget, int sink_pages, int "
+        "recent_pages, *, "
+        "Tensor? page_budgets=None) -> (Tensor, Tensor)");
+    library.def(
+        "sparse_decode_attention(Tensor query, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, "
+        "Tensor? page_ids=None, Tensor? page_counts=None, *, int? page_size=None, float? sm_scale=None) -> (Tensor, "
+        "Tensor)");
+    library.def(
+        "sparse_decode_attention_out(Tensor query, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor "
+        "seq_lens, "
+        "Tensor? page_ids=None, Tensor? page_counts=None, *, int? page_size=None, float? sm_scale=None, "
+        "Tensor(a!) out, Tensor(b!) lse) -> ()");
+    library.def(
+        "quest_decode_attention(Tensor query, Tensor k_cache, Tensor v_cache, Tensor page_metadata, Tensor "
+        "block_table, "
+        "Tensor seq_lens, int page_budget, int sink_pages, int recent_pages, str head_reduction, *, float? "
+        "sm_scale=None, "
+        "Tensor? page_budgets=None, Tensor(a!)? workspace=None) -> (Tensor, Tensor)");
+    library.def(
+        "quest_decode_attention_out(Tensor query, Tensor k_cache, Tensor v_cache, Tensor page_metadata, Tensor "
+        "block_table, "
+        "Tensor seq_lens, int page_budget, int sink_pages, int recent_pages, str head_reduction, *, float? "
+        "sm_scale=None, "
+        "Tensor? page_budgets=None, Tensor(a!)? workspace=None, Tensor(b!) out, Tensor(c!) lse) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(quest_ops, CPU, library) { quest::implement(library); }

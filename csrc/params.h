@@ -40,7 +40,7 @@ struct Paging {
 };
 
 struct AppendParams {
-    Rows key, value;              // [X, Hkv, D]
+    Rows key, value;  // [X, Hkv, D]
     Pool k_cache, v_cache;
     Metadata metadata;
     const int64_t* slot_mapping;  // [N]; slot = block * S + offset, negative: skip
@@ -61,17 +61,18 @@ struct UpdateParams {
 };
 
 struct EstimateParams {
-    Rows query;                // [R, Hq, D]
+    Rows query;  // [R, Hq, D]
     Metadata metadata;
     Paging paging;
-    const int32_t* seq_lens;   // [R]
-    float* scores;             // [R, Hs, P]; Hs = Hkv, or Hq where head_reduction is kNone
+    const int32_t* seq_lens;             // [R]
+    float* scores;                       // [R, Hs, P]; Hs = Hkv, or Hq where head_reduction is kNone
     int32_t num_rows, rows_per_request;  // R, T
     int32_t num_q_heads, num_kv_heads, head_dim;
     HeadReduction head_reduction;
     DType dtype;
-    bool fill_tail;            // write -inf past a row's last page; the chained ops never read there
-    int32_t skip_pages;        // where positive: rows of at most this many pages need no scores, their selection is every page
+    bool fill_tail;  // write -inf past a row's last page; the chained ops never read there
+    int32_t
+        skip_pages;  // where positive: rows of at most this many pages need no scores, their selection is every page
 };
 
 struct SelectParams {
@@ -87,15 +88,15 @@ struct SelectParams {
 };
 
 struct AttentionParams {
-    Rows query;                   // [R, Hq, D]
+    Rows query;  // [R, Hq, D]
     Pool k_cache, v_cache;
     Paging paging;
-    const int32_t* seq_lens;      // [R]
-    const int32_t* page_ids;      // [R, Hi, K] ascending, or null: every page
-    const int32_t* page_counts;   // [R, Hi] or null: up to the first -1
-    int32_t id_heads, max_ids;    // Hi = 1, Hkv or Hq; K
-    Rows out;                     // [R, Hq, D]
-    float* lse;                   // [R, Hq], natural log
+    const int32_t* seq_lens;             // [R]
+    const int32_t* page_ids;             // [R, Hi, K] ascending, or null: every page
+    const int32_t* page_counts;          // [R, Hi] or null: up to the first -1
+    int32_t id_heads, max_ids;           // Hi = 1, Hkv or Hq; K
+    Rows out;                            // [R, Hq, D]
+    float* lse;                          // [R, Hq], natural log
     int32_t num_rows, rows_per_request;  // R, T
     int32_t num_q_heads, num_kv_heads, head_dim;
     float sm_scale;

@@ -17,25 +17,25 @@ struct Chip {
     int32_t num_sms;
 };
 
-constexpr int kTileTokens = 16;      // tokens a warp attends to at once, and pages it scores at once: the rows of an mma
+constexpr int kTileTokens = 16;  // tokens a warp attends to at once, and pages it scores at once: the rows of an mma
 constexpr int kWarpsPerBlock = 4;
-constexpr int kMaxSplits = 128;      // partial results a merge block reads for one head
+constexpr int kMaxSplits = 128;  // partial results a merge block reads for one head
 
 inline int32_t ceil_div(int64_t a, int64_t b) { return static_cast<int32_t>((a + b - 1) / b); }
 
 // Programmatic dependent launch exists from sm_90 on.
 inline bool overlaps_launches(Chip chip) { return chip.capability >= 90; }
 
-// Blocks that walk the pages of one of `items` (row or request, KV head) pairs, `pages_per_block` at a time: enough to fill the chip
-// twice over, no more than there are pages.
+// Blocks that walk the pages of one of `items` (row or request, KV head) pairs, `pages_per_block` at a time: enough to
+// fill the chip twice over, no more than there are pages.
 inline int32_t plan_walking_blocks(Chip chip, int64_t items, int32_t max_pages, int32_t pages_per_block) {
     constexpr int kResident = 8;  // blocks of 128 threads an SM
     const int32_t most = std::max(ceil_div(max_pages, pages_per_block), 1);
     return std::clamp(ceil_div(2LL * chip.num_sms * kResident, std::max<int64_t>(items, 1)), 1, most);
 }
 
-// Blocks that share the tiles of one (row, KV head) in sparse_decode_attention. `tiles` is the most that a row can have.
-// Costs are in tiles: a block's longest warp, its start, and what the merge reads.
+// Blocks that share the tiles of one (row, KV head) in sparse_decode_attention. `tiles` is the most that a row can
+// have. Costs are in tiles: a block's longest warp, its start, and what the merge reads.
 inline int32_t plan_attention_splits(Chip chip, int64_t items, int64_t tiles, int32_t head_dim) {
     constexpr double kBlockStart = 2.0, kMergeStart = 2.0, kMergeSplit = 0.05;
     const int64_t resident = static_cast<int64_t>(chip.num_sms) * (head_dim <= 128 ? 3 : 2);
@@ -56,7 +56,8 @@ inline int32_t plan_attention_splits(Chip chip, int64_t items, int64_t tiles, in
     return best;
 }
 
-// The fused decode: a team of 2^team_log2 blocks for each (row, KV head), all of them resident. team_log2 < 0: take the portable path.
+// The fused decode: a team of 2^team_log2 blocks for each (row, KV head), all of them resident. team_log2 < 0: take the
+// portable path.
 struct FusedPlan {
     int32_t team_log2;
     int32_t keys_per_thread;  // that a thread holds while it selects: 8 or 32
@@ -65,10 +66,11 @@ struct FusedPlan {
 
 constexpr int kMaxFusedPages = 32 * 256;  // 32 keys for each of a block's 256 threads
 constexpr int kMaxTeam = 16;
-constexpr int kMaxFusedGroup = 8;         // query heads a KV head: the columns of an mma
+constexpr int kMaxFusedGroup = 8;  // query heads a KV head: the columns of an mma
 
 inline FusedPlan plan_fused(Chip chip, int64_t teams, int32_t group, int32_t head_dim, int32_t max_pages) {
-    if (chip.capability < 90 || group > kMaxFusedGroup || max_pages > kMaxFusedPages || teams == 0) return {-1, 0, group};
+    if (chip.capability < 90 || group > kMaxFusedGroup || max_pages > kMaxFusedPages || teams == 0)
+        return {-1, 0, group};
     const int32_t keys = max_pages <= 8 * 256 ? 8 : 32;
     if (teams * 16 <= chip.num_sms) return {4, keys, group};  // a block an SM: the next launch's blocks fit beside them
     const int64_t resident = int64_t(chip.num_sms) * (head_dim <= 128 ? 2 : 1);
@@ -77,9 +79,11 @@ inline FusedPlan plan_fused(Chip chip, int64_t teams, int32_t group, int32_t hea
     return {-1, 0, group};
 }
 
-// Words of workspace: the keys of a team's pages, and all that a team exchanges. Multiples of 4, so that blocks move 16 bytes at once.
+// Words of workspace: the keys of a team's pages, and all that a team exchanges. Multiples of 4, so that blocks move 16
+// bytes at once.
 QUEST_HOST_DEVICE inline int64_t fused_key_words(int32_t max_pages) { return (max_pages + 3) / 4 * 4; }
-QUEST_HOST_DEVICE inline int64_t fused_team_words(int32_t team_size, int32_t group, int32_t head_dim, int32_t max_pages) {
+QUEST_HOST_DEVICE inline int64_t fused_team_words(int32_t team_size, int32_t group, int32_t head_dim,
+                                                  int32_t max_pages) {
     return kMaxTeam + fused_key_words(max_pages) + int64_t(2) * team_size * group * head_dim;
 }
 

@@ -6,9 +6,9 @@ namespace quest::cpu::QUEST_CPU_ISA {
 namespace {
 
 struct PageRun {
-    int64_t page;      // block * M + part
+    int64_t page;        // block * M + part
     int32_t begin, end;  // tokens of the call; skipped ones may lie between
-    int32_t highest;   // offset within the page
+    int32_t highest;     // offset within the page
 };
 
 int64_t find_page_runs(const AppendParams& p, PageRun* runs) {
@@ -31,8 +31,8 @@ int64_t find_page_runs(const AppendParams& p, PageRun* runs) {
 template <typename T>
 T* token_row(const Pool& pool, int64_t slot, int64_t block_size, int head) {
     const int64_t block = slot / block_size;
-    return at<T>(pool.data, block * pool.block_stride + (slot - block * block_size) * pool.token_stride +
-                                head * pool.head_stride);
+    return at<T>(pool.data,
+                 block * pool.block_stride + (slot - block * block_size) * pool.token_stride + head * pool.head_stride);
 }
 
 template <typename T>
@@ -48,8 +48,8 @@ void append_run(const AppendParams& p, const PageRun& run, int head) {
                     at<T>(p.value.data, i * p.value.row_stride + head * p.value.head_stride), row_bytes);
     }
     const int64_t block = run.page / p.pages_per_block, part = run.page % p.pages_per_block;
-    T* bounds = at<T>(p.metadata.data, block * p.metadata.block_stride + head * p.metadata.head_stride +
-                                           part * 2 * p.head_dim);
+    T* bounds =
+        at<T>(p.metadata.data, block * p.metadata.block_stride + head * p.metadata.head_stride + part * 2 * p.head_dim);
     store_page_bounds<T>(token_row<T>(p.k_cache, run.page * p.page_size, block_size, head), p.k_cache.token_stride,
                          run.highest + 1, p.head_dim, bounds);
 }

@@ -1,4 +1,5 @@
-// The CPU kernels, an op a file. Each is deterministic for any number of threads: how work is split depends on shapes alone.
+// The CPU kernels, an op a file. Each is deterministic for any number of threads: how work is split depends on shapes
+// alone.
 #pragma once
 #include <cstdint>
 #include <functional>

@@ -45,7 +45,11 @@ template <typename T>
 class TokenWalk {
 public:
     TokenWalk(const AttentionParams& p, const List& list, const Split& split, int64_t row, int64_t kv_head)
-        : p_(p), list_(list), position_(split.begin), end_(split.end), kv_head_(kv_head),
+        : p_(p),
+          list_(list),
+          position_(split.begin),
+          end_(split.end),
+          kv_head_(kv_head),
           table_(p.paging.block_table + row / p.rows_per_request * p.paging.table_stride),
           length_(clamp_length(p.seq_lens[row], p.paging.max_pages(), p.paging.page_size)),
           last_page_(ceil_div(length_, p.paging.page_size) - 1) {}

@@ -13,12 +13,11 @@ template <typename T>
 void update_page(const UpdateParams& p, const StalePage& stale, int head) {
     const Paging& paging = p.paging;
     const int64_t part = stale.page % paging.pages_per_block;
-    const int64_t block =
-        paging.block_table[stale.request * paging.table_stride + stale.page / paging.pages_per_block];
+    const int64_t block = paging.block_table[stale.request * paging.table_stride + stale.page / paging.pages_per_block];
     const T* keys = at<T>(p.k_cache.data, block * p.k_cache.block_stride + head * p.k_cache.head_stride +
                                               part * paging.page_size * p.k_cache.token_stride);
-    T* bounds = at<T>(p.metadata.data, block * p.metadata.block_stride + head * p.metadata.head_stride +
-                                           part * 2 * p.head_dim);
+    T* bounds =
+        at<T>(p.metadata.data, block * p.metadata.block_stride + head * p.metadata.head_stride + part * 2 * p.head_dim);
     store_page_bounds<T>(keys, p.k_cache.token_stride, stale.tokens, p.head_dim, bounds);
 }
 

@@ -27,8 +27,10 @@ __global__ void __launch_bounds__(kWarp) append_paged_kv_kernel(const AppendPara
 
     const int64_t block = page / p.pages_per_block;
     const int part = page % p.pages_per_block;
-    T* keys = static_cast<T*>(p.k_cache.data) + block * p.k_cache.block_stride + part * p.page_size * p.k_cache.token_stride + head * p.k_cache.head_stride;
-    T* values = static_cast<T*>(p.v_cache.data) + block * p.v_cache.block_stride + part * p.page_size * p.v_cache.token_stride + head * p.v_cache.head_stride;
+    T* keys = static_cast<T*>(p.k_cache.data) + block * p.k_cache.block_stride +
+              part * p.page_size * p.k_cache.token_stride + head * p.k_cache.head_stride;
+    T* values = static_cast<T*>(p.v_cache.data) + block * p.v_cache.block_stride +
+                part * p.page_size * p.v_cache.token_stride + head * p.v_cache.head_stride;
     int highest = 0;
     for (int i = token; i < p.num_tokens; ++i) {
         const int64_t at = p.slot_mapping[i];
@@ -40,12 +42,14 @@ __global__ void __launch_bounds__(kWarp) append_paged_kv_kernel(const AppendPara
             const int channel = piece % kLanesPerRow * 8;
             const bool is_key = piece < kLanesPerRow;
             const T* from = row_of<T>(is_key ? p.key : p.value, i, head) + channel;
-            T* to = (is_key ? keys + offset * p.k_cache.token_stride : values + offset * p.v_cache.token_stride) + channel;
+            T* to =
+                (is_key ? keys + offset * p.k_cache.token_stride : values + offset * p.v_cache.token_stride) + channel;
             *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
         }
     }
     __syncwarp();  // orders the warp's stores before its loads below
-    T* bounds = static_cast<T*>(p.metadata.data) + block * p.metadata.block_stride + head * p.metadata.head_stride + part * (2 * D);
+    T* bounds = static_cast<T*>(p.metadata.data) + block * p.metadata.block_stride + head * p.metadata.head_stride +
+                part * (2 * D);
     store_page_bounds<T, D>(keys, p.k_cache.token_stride, highest + 1, bounds);
 }
 

@@ -41,31 +41,37 @@ __device__ __forceinline__ To bits_as(From x) {
     return y;
 }
 
-// Rows of a cache are read once: keep them out of L1. Not .nc: a kernel may start before its predecessor has written them.
+// Rows of a cache are read once: keep them out of L1. Not .nc: a kernel may start before its predecessor has written
+// them.
 __device__ __forceinline__ uint4 load_streaming(const void* address) {
     uint4 v;
     asm volatile("ld.global.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(address));
     return v;
 }
 
 // C += A B with A [16, 16] row-major, B [16, 8], float32 accumulators. Lane (g = lane / 4, t = lane % 4) holds of A:
-// a0 (row g, columns 2t, 2t+1), a1 (row g+8, same), a2 (row g, columns 2t+8, 2t+9), a3 (row g+8, same); of B: b0 (rows 2t, 2t+1,
-// column g), b1 (rows 2t+8, 2t+9, column g); of C: c0, c1 (row g, columns 2t, 2t+1), c2, c3 (row g+8, same).
+// a0 (row g, columns 2t, 2t+1), a1 (row g+8, same), a2 (row g, columns 2t+8, 2t+9), a3 (row g+8, same); of B: b0 (rows
+// 2t, 2t+1, column g), b1 (rows 2t+8, 2t+9, column g); of C: c0, c1 (row g, columns 2t, 2t+1), c2, c3 (row g+8, same).
 template <class T>
-__device__ __forceinline__ void mma_m16n8k16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void mma_m16n8k16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                             uint32_t b0, uint32_t b1) {
     if constexpr (sizeof(T) == 2 && std::is_same_v<T, half>)
         asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
     else
         asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// A dot product does not care about the order of channels. Lane (g, t) loads channels 32 c + 8 t .. + 7 of its row: four pairs,
-// which serve as the A (or B) registers of two products of 16 channels each.
+// A dot product does not care about the order of channels. Lane (g, t) loads channels 32 c + 8 t .. + 7 of its row:
+// four pairs, which serve as the A (or B) registers of two products of 16 channels each.
 template <class T>
-__device__ __forceinline__ void multiply_32_channels(float (&c)[4], const uint4& row_g, const uint4& row_g8, const uint4& column) {
+__device__ __forceinline__ void multiply_32_channels(float (&c)[4], const uint4& row_g, const uint4& row_g8,
+                                                     const uint4& column) {
     mma_m16n8k16<T>(c, row_g.x, row_g8.x, row_g.y, row_g8.y, column.x, column.y);
     mma_m16n8k16<T>(c, row_g.z, row_g8.z, row_g.w, row_g8.w, column.z, column.w);
 }
@@ -83,7 +89,8 @@ __device__ __forceinline__ float max_keep_nan(float a, float b) {
     return c;
 }
 
-// Programmatic dependent launch: a kernel may start while its predecessor drains, and reads nothing before it has waited.
+// Programmatic dependent launch: a kernel may start while its predecessor drains, and reads nothing before it has
+// waited.
 __device__ __forceinline__ void wait_for_predecessor() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -104,8 +111,11 @@ struct PageTable {
     uint32_t reciprocal;
 
     __device__ __forceinline__ PageTable(const Paging& p, int64_t request)
-        : blocks(p.block_table + request * p.table_stride), page_shift(log2_of(p.page_size)), pages_per_block(p.pages_per_block),
-          max_pages(p.max_blocks * p.pages_per_block), reciprocal(p.reciprocal) {}
+        : blocks(p.block_table + request * p.table_stride),
+          page_shift(log2_of(p.page_size)),
+          pages_per_block(p.pages_per_block),
+          max_pages(p.max_blocks * p.pages_per_block),
+          reciprocal(p.reciprocal) {}
 
     // A row's length clamped to the table, and how many pages that is.
     __device__ __forceinline__ int visible(int seq_len) const { return min(max(seq_len, 0), max_pages << page_shift); }
@@ -136,10 +146,11 @@ __device__ __forceinline__ void load_query(uint4 (&query)[D / 32], const T* head
     for (int c = 0; c < D / 32; ++c) query[c] = *reinterpret_cast<const uint4*>(head + 32 * c + threadIdx.x % 4 * 8);
 }
 
-// Launches so that the kernel may overlap its predecessor, where the chip has that. `gang`: all blocks at once or none (cooperative), for
-// blocks that wait for each other.
+// Launches so that the kernel may overlap its predecessor, where the chip has that. `gang`: all blocks at once or none
+// (cooperative), for blocks that wait for each other.
 template <class... Params, class... Args>
-cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, Chip chip, cudaStream_t stream, bool gang, Args&&... args) {
+cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, Chip chip,
+                   cudaStream_t stream, bool gang, Args&&... args) {
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = block;

@@ -7,23 +7,26 @@
 namespace quest::cuda {
 
 template <class T, int D>
-__global__ void __launch_bounds__(kWarp * kWarpsPerBlock) estimate_page_scores_kernel(const EstimateParams p) {
+__global__ void __launch_bounds__(kWarp* kWarpsPerBlock) estimate_page_scores_kernel(const EstimateParams p) {
     let_successor_start();
     wait_for_predecessor();
 
     const int row = blockIdx.z, kv_head = blockIdx.y;
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t = lane % 4;
     const PageTable table(p.paging, row / p.rows_per_request);
-    const int group = p.num_q_heads / p.num_kv_heads, max_pages = table.max_pages, num_pages = table.pages(table.visible(p.seq_lens[row]));
+    const int group = p.num_q_heads / p.num_kv_heads, max_pages = table.max_pages,
+              num_pages = table.pages(table.visible(p.seq_lens[row]));
     if (p.skip_pages > 0 && num_pages <= p.skip_pages) return;
     const int last = p.fill_tail ? max_pages : num_pages;
     const T* metadata = static_cast<const T*>(p.metadata.data) + kv_head * p.metadata.head_stride;
-    const bool by_query_head = p.head_reduction == HeadReduction::kNone, use_max = p.head_reduction == HeadReduction::kMax;
+    const bool by_query_head = p.head_reduction == HeadReduction::kNone,
+               use_max = p.head_reduction == HeadReduction::kMax;
 
     auto store = [&](int64_t heads, int head, int page, float score) {
         if (page < last) p.scores[(row * heads + head) * max_pages + page] = page < num_pages ? score : -INFINITY;
     };
-    for (int first = (blockIdx.x * kWarpsPerBlock + warp) * kTileTokens; first < last; first += gridDim.x * kWarpsPerBlock * kTileTokens) {
+    for (int first = (blockIdx.x * kWarpsPerBlock + warp) * kTileTokens; first < last;
+         first += gridDim.x * kWarpsPerBlock * kTileTokens) {
         PagePlace places[2];
 #pragma unroll
         for (int half_tile = 0; half_tile < 2; ++half_tile) {

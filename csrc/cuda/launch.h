@@ -19,11 +19,13 @@ struct AttentionScratch {
     float* lse;  // [num_splits, R, Hq], base 2
 };
 int32_t attention_splits(const AttentionParams& params, Chip chip);
-cudaError_t launch_sparse_decode_attention(const AttentionParams& params, const AttentionScratch& scratch, Chip chip, cudaStream_t stream);
+cudaError_t launch_sparse_decode_attention(const AttentionParams& params, const AttentionScratch& scratch, Chip chip,
+                                           cudaStream_t stream);
 
 // Words of workspace that a fused launch exchanges; they must be zero when it starts, and are when it ends.
 int64_t fused_workspace_words(const FusedParams& params, const FusedPlan& plan);
 cudaError_t launch_clear(uint32_t* words, int64_t count, Chip chip, cudaStream_t stream);
-cudaError_t launch_quest_decode_attention(const FusedParams& params, const FusedPlan& plan, uint32_t* workspace, Chip chip, cudaStream_t stream);
+cudaError_t launch_quest_decode_attention(const FusedParams& params, const FusedPlan& plan, uint32_t* workspace,
+                                          Chip chip, cudaStream_t stream);
 
 }  // namespace quest::cuda

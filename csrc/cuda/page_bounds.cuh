@@ -1,5 +1,5 @@
-// The bounds of one page, by one warp: channel-wise minimum and maximum of its stored keys. Both writing ops use it, so that
-// appended and rebuilt metadata have the same bits: NaN stays NaN, zero is +0.
+// The bounds of one page, by one warp: channel-wise minimum and maximum of its stored keys. Both writing ops use it, so
+// that appended and rebuilt metadata have the same bits: NaN stays NaN, zero is +0.
 #pragma once
 #include "device.cuh"
 
@@ -15,7 +15,8 @@ struct PairBounds {
     }
 };
 
-// Lanes read 16 bytes: D / 8 of them a row, so kWarp * 8 / D rows at once. `keys`: the page's first key, of `count` >= 1 keys.
+// Lanes read 16 bytes: D / 8 of them a row, so kWarp * 8 / D rows at once. `keys`: the page's first key, of `count` >=
+// 1 keys.
 template <class T, int D>
 __device__ void store_page_bounds(const T* keys, int64_t token_stride, int count, T* bounds) {
     using Pair = typename Packed<T>::Pair;
@@ -26,7 +27,8 @@ __device__ void store_page_bounds(const T* keys, int64_t token_stride, int count
         uint4 rows[kUnroll];
 #pragma unroll
         for (int i = 0; i < kUnroll; ++i) {
-            const int token = min(first + i * kRowsAtOnce + row_of_lane, count - 1);  // past the end: the last key once more
+            const int token =
+                min(first + i * kRowsAtOnce + row_of_lane, count - 1);  // past the end: the last key once more
             rows[i] = *reinterpret_cast<const uint4*>(keys + token * token_stride + channel);
         }
 #pragma unroll

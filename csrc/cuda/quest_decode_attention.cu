@@ -12,7 +12,8 @@ __global__ void clear_kernel(uint4* words, int64_t count) {
 }  // namespace
 
 cudaError_t launch_clear(uint32_t* words, int64_t count, Chip chip, cudaStream_t stream) {
-    return launch(clear_kernel, ceil_div(count / 4, 256), 256, 0, chip, stream, false, reinterpret_cast<uint4*>(words), count / 4);
+    return launch(clear_kernel, ceil_div(count / 4, 256), 256, 0, chip, stream, false, reinterpret_cast<uint4*>(words),
+                  count / 4);
 }
 
 int64_t fused_workspace_words(const FusedParams& p, const FusedPlan& plan) {
@@ -21,17 +22,21 @@ int64_t fused_workspace_words(const FusedParams& p, const FusedPlan& plan) {
            fused_team_words(1 << plan.team_log2, a.num_q_heads / a.num_kv_heads, a.head_dim, a.paging.max_pages());
 }
 
-cudaError_t launch_quest_decode_attention(const FusedParams& p, const FusedPlan& plan, uint32_t* workspace, Chip chip, cudaStream_t stream) {
+cudaError_t launch_quest_decode_attention(const FusedParams& p, const FusedPlan& plan, uint32_t* workspace, Chip chip,
+                                          cudaStream_t stream) {
     const AttentionParams& a = p.attention;
     const dim3 grid(1 << plan.team_log2, a.num_kv_heads, a.num_rows);
     const size_t list_entries = ceil_div(std::min(p.page_budget, a.paging.max_pages()), 1 << plan.team_log2);
-    const size_t shared_bytes = (size_t(kTeamWarps) * (a.num_q_heads / a.num_kv_heads) * a.head_dim + list_entries) * sizeof(float);
+    const size_t shared_bytes =
+        (size_t(kTeamWarps) * (a.num_q_heads / a.num_kv_heads) * a.head_dim + list_entries) * sizeof(float);
     return dispatch(a.dtype, a.head_dim, [&](auto element, auto head_dim) {
         using T = decltype(element);
         constexpr int D = head_dim();
-        auto kernel = plan.keys_per_thread == 8 ? quest_decode_attention_kernel<T, D, 8> : quest_decode_attention_kernel<T, D, 32>;
+        auto kernel = plan.keys_per_thread == 8 ? quest_decode_attention_kernel<T, D, 8>
+                                                : quest_decode_attention_kernel<T, D, 32>;
         if (shared_bytes > 40 * 1024) {  // beside the static part, more than a block gets unasked
-            const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+            const cudaError_t error =
+                cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
             if (error != cudaSuccess) return error;
         }
         return launch(kernel, grid, kTeamThreads, shared_bytes, chip, stream, true, p, plan, workspace);

@@ -1,79 +1,44 @@
 // Score, select, attend and merge in one launch (sm_90 and later).
-// Grid: a team of blocks for each (row, KV head), blocks team * size + rank, all of them resident. Each block scores its tiles of pages and
-// publishes their keys; each finds the same selection from all keys; the chosen pages are dealt out evenly; each block merges a slice of
-// the output. Blocks exchange words through L2, and a word is its own flag: 0 means not written yet. Every word that was written is zero
-// again when the launch ends, so a workspace that starts as zeros serves any number of launches.
-// Bound by reading the metadata and the chosen K and V, and by the latency of two exchanges.
+// Grid: a team of blocks for each (row, KV head), blocks team * size + rank, all of them resident. Each block scores
+// its tiles of pages and publishes their keys; each finds the same selection from all keys; the chosen pages are dealt
+// out evenly; each block merges a slice of the output. Blocks exchange words through L2, and a word is its own flag: 0
+// means not written yet. Every word that was written is zero again when the launch ends, so a workspace that starts as
+// zeros serves any number of launches. Bound by reading the metadata and the chosen K and V, and by the latency of two
+// exchanges.
 #pragma once
 #include "attend_tile.cuh"
 #include "launch.h"
 #include "score_tile.cuh"
+#include "team.cuh"
 #include "topk_threshold.cuh"
 
 namespace quest::cuda {
 
 constexpr int kTeamThreads = 256, kTeamWarps = kTeamThreads / kWarp;
 
-__device__ __forceinline__ void publish(uint32_t* to, uint32_t x) { asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(x) : "memory"); }
-__device__ __forceinline__ void publish(uint32_t* to, uint4 v) {
-    asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
-}
-__device__ __forceinline__ uint4 peek(const uint32_t* from) {
-    uint4 v;
-    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
-    return v;
-}
-__device__ __forceinline__ uint32_t peek_word(const uint32_t* from) {
-    uint32_t x;
-    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
-    return x;
-}
-__device__ __forceinline__ void prefetch(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
-// A float as a word that is never 0.
-__device__ __forceinline__ uint32_t nonzero_bits(float x) { return x == 0.f ? 0x80000000u : __float_as_uint(x); }
-__device__ __forceinline__ bool complete(const uint4& v) { return v.x != 0 && v.y != 0 && v.z != 0 && v.w != 0; }
-
-// A team's part of the workspace, in words.
-struct TeamSpace {
-    uint32_t* done;   // [writer]: all keys of a block are published, or soon will be seen
-    uint32_t* keys;   // [P, to a multiple of 4]: sort keys of all pages
-    uint32_t* parts;  // [reader, writer, chunks, 8]: 4 channels of a block's unnormalised output, their base-2 maximum and sum of weights
-
-    __device__ TeamSpace(uint32_t* workspace, int team, int size, int group, int head_dim, int max_pages)
-        : done(workspace + team * fused_team_words(size, group, head_dim, max_pages)), keys(done + kMaxTeam), parts(keys + fused_key_words(max_pages)) {}
-};
-
 struct FusedShared {
     BlockSelect<kTeamThreads>::Shared select;
     float top[kTeamWarps][kGroupHeads], sum[kTeamWarps][kGroupHeads];
 };
 
-// Where the time goes: in a build for that purpose, each block notes the clock as it passes from phase to phase.
-#ifdef QUEST_PHASE_CLOCKS
-constexpr int kPhases = 10, kMaxClockedBlocks = 512;
-__device__ long long phase_clocks[kMaxClockedBlocks][kPhases];
-__device__ __forceinline__ void mark_phase(int phase) {
-    const int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
-    if (threadIdx.x == 0 && block < kMaxClockedBlocks) phase_clocks[block][phase] = clock64();
-}
-#else
-__device__ __forceinline__ void mark_phase(int) {}
-#endif
-
 // Finds the selection from the team's published keys and lists the pages that are dealt to this block, in order.
 template <int kKeys>
-__device__ __forceinline__ void deal_selected_pages(const FusedParams& p, const TeamSpace& space, int num_pages, int kept, int rank, int size_log2,
-                                                    FusedShared& shared, int32_t* list) {
+__device__ __forceinline__ void deal_selected_pages(const FusedParams& p, const TeamSpace& space, int num_pages,
+                                                    int kept, int rank, int size_log2, FusedShared& shared,
+                                                    int32_t* list) {
     BlockSelect<kTeamThreads> select{shared.select};
     // Sink pages, the best of those between, recent pages.
-    const int first = p.sink_pages, last = num_pages - p.recent_pages, competing = last - first, wanted = kept - p.sink_pages - p.recent_pages;
+    const int first = p.sink_pages, last = num_pages - p.recent_pages, competing = last - first,
+              wanted = kept - p.sink_pages - p.recent_pages;
     // Thread i looks at pages [i * run, (i + 1) * run); each warp also at a sample of all.
     const int run = (num_pages + 4 * kTeamThreads - 1) / (4 * kTeamThreads) * 4, mine = threadIdx.x * run;
     const int sample = (first + threadIdx.x % kWarp * (competing / kWarp)) / 4 * 4;
-    // Each warp waits for the blocks' flags, a few words, rather than for all keys: polling those would fill the L2's bandwidth.
+    // Each warp waits for the blocks' flags, a few words, rather than for all keys: polling those would fill the L2's
+    // bandwidth.
     const int lane = threadIdx.x % kWarp;
     const bool waits = lane < 1 << size_log2;
-    while (__any_sync(kAllLanes, waits && peek_word(space.done + lane) == 0)) {}
+    while (__any_sync(kAllLanes, waits && peek_word(space.done + lane) == 0)) {
+    }
     uint32_t key[kKeys], sampled;
     bool pending;
     do {  // almost always once: a flag was written after the keys, but nothing orders the two
@@ -111,7 +76,8 @@ __device__ __forceinline__ void deal_selected_pages(const FusedParams& p, const 
     mark_phase(4);
     uint32_t is_above = 0, is_tie = 0, total;  // a bit a key
 #pragma unroll
-    for (int j = 0; j < kKeys; ++j) is_above |= (key[j] > threshold ? 1u : 0u) << j, is_tie |= (key[j] == threshold ? 1u : 0u) << j;
+    for (int j = 0; j < kKeys; ++j)
+        is_above |= (key[j] > threshold ? 1u : 0u) << j, is_tie |= (key[j] == threshold ? 1u : 0u) << j;
     const uint32_t before = select.exclusive_sum(__popc(is_above) + (__popc(is_tie) << 16), &total);
     uint32_t above = before & 0xffff, equal = before >> 16;
     for (uint32_t left = is_above | is_tie; left != 0; left &= left - 1) {
@@ -123,35 +89,6 @@ __device__ __forceinline__ void deal_selected_pages(const FusedParams& p, const 
             deal(p.sink_pages + above++ + min(equal, ties), mine + j);
         }
     }
-}
-
-// While the predecessor drains: brings a tile's bounds near, by lengths and block numbers that may be about to change.
-template <class T, int D>
-__device__ __forceinline__ void prefetch_bounds(const FusedParams& p, const PageTable& table, int row, int kv_head, int first) {
-    const int lane = threadIdx.x % kWarp, page = first + lane / 2;
-    const int tokens = table.visible(peek_word(reinterpret_cast<const uint32_t*>(p.attention.seq_lens + row)));
-    if (page << table.page_shift >= tokens || table.pages(tokens) <= p.page_budget) return;
-    const int block = peek_word(reinterpret_cast<const uint32_t*>(table.blocks + table.entry(page)));
-    if (block < 0 || block >= p.num_blocks) return;
-    const T* bounds = static_cast<const T*>(p.metadata.data) + block * p.metadata.block_stride + kv_head * p.metadata.head_stride +
-                      table.part(page) * (2 * D) + lane % 2 * D;
-#pragma unroll
-    for (int c = 0; c < D; c += 64) prefetch(bounds + c);  // lines of 128 bytes
-}
-
-// Brings keys and values of the page of the largest key in the warp near, 16 tokens of them at most.
-template <class T, int D>
-__device__ __forceinline__ void prefetch_page(const AttentionParams& a, const PageTable& table, int kv_head, uint32_t key, int page) {
-    const uint32_t best = __reduce_max_sync(kAllLanes, key);
-    if (best == 0) return;
-    page = __shfl_sync(kAllLanes, page, __ffs(__ballot_sync(kAllLanes, key == best)) - 1);
-    const int lane = threadIdx.x % kWarp, token = lane % kTileTokens;
-    if (token >> table.page_shift > 0) return;
-    const Pool& pool = lane < kTileTokens ? a.k_cache : a.v_cache;
-    const T* row = static_cast<const T*>(pool.data) + table.block(page) * pool.block_stride + kv_head * pool.head_stride +
-                   ((table.part(page) << table.page_shift) + token) * pool.token_stride;
-#pragma unroll
-    for (int c = 0; c < D; c += 64) prefetch(row + c);  // lines of 128 bytes
 }
 
 template <class T, int D, int kKeys>
@@ -179,9 +116,12 @@ __global__ void __launch_bounds__(kTeamThreads, D <= 128 ? 2 : 1)
     auto block_of = [&](int page) { return page < table.max_pages ? table.block(page) : 0; };
     int blocks[2] = {block_of(first + g), block_of(first + g + 8)};
     uint4 query[D / 32];
-    load_query<T, D>(query, row_of<T>(a.query, row, kv_head * group + min(g, group - 1)));  // columns past the group repeat its last head
+    load_query<T, D>(
+        query,
+        row_of<T>(a.query, row, kv_head * group + min(g, group - 1)));  // columns past the group repeat its last head
     int budget = p.page_budget;
-    if (p.page_budgets) budget = min(max(p.page_budgets[p.budget_heads == 1 ? row : team], p.sink_pages + p.recent_pages), budget);
+    if (p.page_budgets)
+        budget = min(max(p.page_budgets[p.budget_heads == 1 ? row : team], p.sink_pages + p.recent_pages), budget);
     const int tokens = table.visible(a.seq_lens[row]), num_pages = table.pages(tokens);
     const int kept = min(budget, num_pages);
     const bool selects = kept < num_pages;
@@ -210,7 +150,8 @@ __global__ void __launch_bounds__(kTeamThreads, D <= 128 ? 2 : 1)
             publish(space.keys + page, key);
             if (key > best_key) best_key = key, best_page = page;
         }
-        // Where memory is the limit, a warp's best page, likely to be chosen, is fetched while the blocks exchange keys.
+        // Where memory is the limit, a warp's best page, likely to be chosen, is fetched while the blocks exchange
+        // keys.
         if (size < kMaxTeam) prefetch_page<T, D>(a, table, kv_head, best_key, best_page);
         mark_phase(2);
         __syncthreads();  // all of the block's keys are on their way; bins are clear
@@ -224,10 +165,12 @@ __global__ void __launch_bounds__(kTeamThreads, D <= 128 ? 2 : 1)
     const int page_shift = table.page_shift, num_mine = (kept - rank + size - 1) >> size_log2;
     const float scale = a.sm_scale * kLog2E;
     auto run_of = [&](int tile, int half_tile) -> Run {
-        const int at = tile * kTileTokens + 8 * half_tile, index = at >> page_shift, within = at & ((1 << page_shift) - 1);
+        const int at = tile * kTileTokens + 8 * half_tile, index = at >> page_shift,
+                  within = at & ((1 << page_shift) - 1);
         if (index >= num_mine) return {0, 0, 0};
         const int page = selects ? list[index] : (index << size_log2) + rank;
-        return {table.block(page), (table.part(page) << page_shift) + within, min(tokens - (page << page_shift) - within, 8)};
+        return {table.block(page), (table.part(page) << page_shift) + within,
+                min(tokens - (page << page_shift) - within, 8)};
     };
     const T* keys = static_cast<const T*>(a.k_cache.data) + kv_head * a.k_cache.head_stride;
     const T* values = static_cast<const T*>(a.v_cache.data) + kv_head * a.v_cache.head_stride;
@@ -244,7 +187,8 @@ __global__ void __launch_bounds__(kTeamThreads, D <= 128 ? 2 : 1)
         softmax.add(score, tile_tokens);
     }
 
-    // Merge: the block's warps through shared memory, then each block every size-th chunk of four channels of the team's outputs.
+    // Merge: the block's warps through shared memory, then each block every size-th chunk of four channels of the
+    // team's outputs.
     mark_phase(6);
     WarpPartials<D, kTeamWarps> partials{shared.top, shared.sum, warp_out, group};
     partials.store(softmax, warp);
@@ -253,7 +197,8 @@ __global__ void __launch_bounds__(kTeamThreads, D <= 128 ? 2 : 1)
     for (int chunk = threadIdx.x; chunk < group * D / 4; chunk += kTeamThreads) {
         float top, total;
         const float4 o = partials.add_up(chunk * 4 / D, chunk * 4 % D, &top, &total);
-        uint32_t* to = space.parts + (((((chunk & (size - 1)) << size_log2) + rank) * chunks + (chunk >> size_log2)) << 3);
+        uint32_t* to =
+            space.parts + (((((chunk & (size - 1)) << size_log2) + rank) * chunks + (chunk >> size_log2)) << 3);
         publish(to, uint4{nonzero_bits(o.x), nonzero_bits(o.y), nonzero_bits(o.z), nonzero_bits(o.w)});
         publish(to + 4, uint4{nonzero_bits(top), nonzero_bits(total), 1, 1});
     }
@@ -282,14 +227,17 @@ __global__ void __launch_bounds__(kTeamThreads, D <= 128 ? 2 : 1)
         if (writer != 0 || item >= group * D / 4) continue;
         const int place = ((chunk << size_log2) + rank) * 4, head = kv_head * group + place / D;
         const float inverse = total == 0.f ? 0.f : 1.f / total;
-        store_four<T>(const_cast<T*>(row_of<T>(a.out, row, head)) + place % D, float4{o.x * inverse, o.y * inverse, o.z * inverse, o.w * inverse});
-        if (place % D == 0) a.lse[int64_t(row) * a.num_q_heads + head] = total == 0.f ? -INFINITY : (top + log2f(total)) * kLn2;
+        store_four<T>(const_cast<T*>(row_of<T>(a.out, row, head)) + place % D,
+                      float4{o.x * inverse, o.y * inverse, o.z * inverse, o.w * inverse});
+        if (place % D == 0)
+            a.lse[int64_t(row) * a.num_q_heads + head] = total == 0.f ? -INFINITY : (top + log2f(total)) * kLn2;
     }
     mark_phase(8);
     // The first warp has seen a part of every block, so all have read the keys.
     if (!selects || warp != 0) return;
     if (lane == 0) publish(space.done + rank, 0u);
-    for (int page = (rank + lane / kTileTokens * size) * kTileTokens + lane % kTileTokens; page < num_pages; page += 2 * size * kTileTokens)
+    for (int page = (rank + lane / kTileTokens * size) * kTileTokens + lane % kTileTokens; page < num_pages;
+         page += 2 * size * kTileTokens)
         publish(space.keys + page, 0u);
     mark_phase(9);
 #endif

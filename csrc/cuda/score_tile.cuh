@@ -1,5 +1,6 @@
-// The score of 16 pages by one warp: score(page) = q+ . hi + q- . lo, reduced over the query heads of a KV head. The pages' bounds are the
-// A operand of an mma, read from global memory straight into registers; the group's query heads are B.
+// The score of 16 pages by one warp: score(page) = q+ . hi + q- . lo, reduced over the query heads of a KV head. The
+// pages' bounds are the A operand of an mma, read from global memory straight into registers; the group's query heads
+// are B.
 #pragma once
 #include "device.cuh"
 
@@ -34,7 +35,8 @@ struct PageTile {
 #pragma unroll
         for (int half_tile = 0; half_tile < 2; ++half_tile) {
             const bool exists = places[half_tile].block >= 0;
-            const T* bounds = metadata + places[half_tile].block * block_stride + places[half_tile].part * (2 * D) + 8 * t;
+            const T* bounds =
+                metadata + places[half_tile].block * block_stride + places[half_tile].part * (2 * D) + 8 * t;
 #pragma unroll
             for (int c = 0; c < kChunks; ++c) {
                 lo[half_tile][c] = exists ? load_streaming(bounds + 32 * c) : uint4{};
@@ -43,13 +45,16 @@ struct PageTile {
         }
     }
 
-    // c: pages g, g + 8 (rows) against heads 2 t, 2 t + 1 (columns) of eight; `query`: channels 32 c + 8 t .. of head g, for each c.
+    // c: pages g, g + 8 (rows) against heads 2 t, 2 t + 1 (columns) of eight; `query`: channels 32 c + 8 t .. of head
+    // g, for each c.
     __device__ __forceinline__ void multiply(float (&c)[4], const uint4 (&query)[kChunks]) const {
 #pragma unroll
         for (int chunk = 0; chunk < kChunks; ++chunk) {
             const uint4 q = query[chunk];
-            const uint4 q_pos{positive_part<T>(q.x), positive_part<T>(q.y), positive_part<T>(q.z), positive_part<T>(q.w)};
-            const uint4 q_neg{negative_part<T>(q.x), negative_part<T>(q.y), negative_part<T>(q.z), negative_part<T>(q.w)};
+            const uint4 q_pos{positive_part<T>(q.x), positive_part<T>(q.y), positive_part<T>(q.z),
+                              positive_part<T>(q.w)};
+            const uint4 q_neg{negative_part<T>(q.x), negative_part<T>(q.y), negative_part<T>(q.z),
+                              negative_part<T>(q.w)};
             multiply_32_channels<T>(c, hi[0][chunk], hi[1][chunk], q_pos);
             multiply_32_channels<T>(c, lo[0][chunk], lo[1][chunk], q_neg);
         }
@@ -60,7 +65,8 @@ struct PageTile {
 struct HeadReducer {
     float best[2] = {-INFINITY, -INFINITY}, sum[2] = {0.f, 0.f};
 
-    // c: of a product with heads first_head .. + 7 of `group`. Columns past the group repeat its last head: harmless to a maximum.
+    // c: of a product with heads first_head .. + 7 of `group`. Columns past the group repeat its last head: harmless to
+    // a maximum.
     __device__ __forceinline__ void include(const float (&c)[4], int first_head, int group) {
         const int t = threadIdx.x % 4;
 #pragma unroll

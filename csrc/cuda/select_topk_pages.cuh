@@ -1,5 +1,6 @@
-// The page_budget best pages of each (row, head), exactly: sink and recent pages first, NaN above every number, ties to the earlier page.
-// Grid (heads, R), one block each; shared memory: a histogram. Bound by the latency of its block-wide steps: the scores come from L1 or L2.
+// The page_budget best pages of each (row, head), exactly: sink and recent pages first, NaN above every number, ties to
+// the earlier page. Grid (heads, R), one block each; shared memory: a histogram. Bound by the latency of its block-wide
+// steps: the scores come from L1 or L2.
 #pragma once
 #include "topk_threshold.cuh"
 

@@ -1,14 +1,16 @@
 // Decode attention over the listed pages of a row, or over all of them.
 // Grid (splits, groups of at most 8 query heads that share pages and a KV head, R), 16 tokens a warp at a time.
-// Shared memory: a group x D partial result for each of the block's warps. Bound by reading K and V of the attended pages.
+// Shared memory: a group x D partial result for each of the block's warps. Bound by reading K and V of the attended
+// pages.
 #pragma once
 #include "attend_tile.cuh"
 #include "launch.h"
 
 namespace quest::cuda {
 
-// The tokens a row attends to: its listed pages, then the last page where the list lacks it; every page where there is no list.
-// Reads in three rounds, each in flight together: list entries beside lengths and counts, then block numbers, then keys and values.
+// The tokens a row attends to: its listed pages, then the last page where the list lacks it; every page where there is
+// no list. Reads in three rounds, each in flight together: list entries beside lengths and counts, then block numbers,
+// then keys and values.
 struct TokenList {
     const int32_t* ids;  // null: every page
     const PageTable table;
@@ -17,7 +19,8 @@ struct TokenList {
 
     __device__ TokenList(const AttentionParams& p, int row, int id_head)
         : ids(p.page_ids ? p.page_ids + (int64_t(row) * p.id_heads + id_head) * p.max_ids : nullptr),
-          table(p.paging, row / p.rows_per_request), max_ids(p.max_ids) {}
+          table(p.paging, row / p.rows_per_request),
+          max_ids(p.max_ids) {}
 
     // The list's entry for half a tile, before it is known how long the list is.
     __device__ int entry(int tile, int half_tile) const {
@@ -42,14 +45,17 @@ struct TokenList {
         num_pages = count + !lists_last;
     }
 
-    // The first position in [0, end) of which `reached` holds, given that it holds from there on; `end` where there is none.
+    // The first position in [0, end) of which `reached` holds, given that it holds from there on; `end` where there is
+    // none.
     template <class F>
     __device__ int position_of(int end, F reached) const {
         int low = 0;
         while (low < end) {
             const int middle = (low + end) / 2;
-            if (reached(ids[middle])) end = middle;
-            else low = middle + 1;
+            if (reached(ids[middle]))
+                end = middle;
+            else
+                low = middle + 1;
         }
         return low;
     }
@@ -57,15 +63,19 @@ struct TokenList {
     __device__ int num_tiles() const { return ((num_pages << table.page_shift) + kTileTokens - 1) / kTileTokens; }
 
     __device__ Run run(int tile, int half_tile, int entry) const {
-        const int first = tile * kTileTokens + 8 * half_tile, index = first >> table.page_shift, page = index < count ? entry : last_page;
+        const int first = tile * kTileTokens + 8 * half_tile, index = first >> table.page_shift,
+                  page = index < count ? entry : last_page;
         if (index >= num_pages || page < 0 || page > last_page) return {0, 0, 0};
         const int within = first & ((1 << table.page_shift) - 1);
-        return {table.block(page), (table.part(page) << table.page_shift) + within, min(tokens - (page << table.page_shift) - within, 8)};
+        return {table.block(page), (table.part(page) << table.page_shift) + within,
+                min(tokens - (page << table.page_shift) - within, 8)};
     }
 };
 
 // Whether query heads select pages of their own; else those of a KV head go together.
-__host__ __device__ inline bool selects_by_query_head(const AttentionParams& p) { return p.page_ids && p.id_heads == p.num_q_heads; }
+__host__ __device__ inline bool selects_by_query_head(const AttentionParams& p) {
+    return p.page_ids && p.id_heads == p.num_q_heads;
+}
 
 // How many groups of query heads there are, and which heads group `index` has.
 __host__ __device__ inline int groups_per_kv_head(const AttentionParams& p) {
@@ -76,7 +86,8 @@ struct GroupedHeads {
     int kv_head, first, count;
 
     __device__ GroupedHeads(const AttentionParams& p, int index) {
-        const int heads = p.num_q_heads / p.num_kv_heads, groups = groups_per_kv_head(p), most = (heads + groups - 1) / groups;
+        const int heads = p.num_q_heads / p.num_kv_heads, groups = groups_per_kv_head(p),
+                  most = (heads + groups - 1) / groups;
         kv_head = index / groups;
         const int before = index % groups * most;
         first = kv_head * heads + before;
@@ -85,7 +96,7 @@ struct GroupedHeads {
 };
 
 template <class T, int D>
-__global__ void __launch_bounds__(kWarp * kWarpsPerBlock, D <= 128 ? 3 : 2)
+__global__ void __launch_bounds__(kWarp* kWarpsPerBlock, D <= 128 ? 3 : 2)
     sparse_decode_attention_kernel(const AttentionParams p, const AttentionScratch scratch) {
     extern __shared__ float partial_out[];  // [warps, group, D]
     __shared__ float partial_top[kWarpsPerBlock][kGroupHeads], partial_sum[kWarpsPerBlock][kGroupHeads];
@@ -106,7 +117,8 @@ __global__ void __launch_bounds__(kWarp * kWarpsPerBlock, D <= 128 ? 3 : 2)
     const float scale = p.sm_scale * kLog2E;  // scores in base 2
 
     uint4 query[D / 32];
-    load_query<T, D>(query, row_of<T>(p.query, row, first_head + min(g, group - 1)));  // columns past the group repeat its last head
+    load_query<T, D>(
+        query, row_of<T>(p.query, row, first_head + min(g, group - 1)));  // columns past the group repeat its last head
     const T* keys = static_cast<const T*>(p.k_cache.data) + heads.kv_head * p.k_cache.head_stride;
     const T* values = static_cast<const T*>(p.v_cache.data) + heads.kv_head * p.v_cache.head_stride;
 
@@ -117,7 +129,8 @@ __global__ void __launch_bounds__(kWarp * kWarpsPerBlock, D <= 128 ? 3 : 2)
         entries[0] = list.entry(next, 0), entries[1] = list.entry(next, 1);
         TokenTile<T, D> tokens;
         tokens.load_keys(p.k_cache, keys, runs);
-        if constexpr (D <= 128) tokens.load_values(p.v_cache, values, runs);  // in flight beside the keys, where registers hold both
+        if constexpr (D <= 128)
+            tokens.load_values(p.v_cache, values, runs);  // in flight beside the keys, where registers hold both
         float score[4];
         softmax.scores_of(score, tokens, query, scale);
         if constexpr (D > 128) tokens.load_values(p.v_cache, values, runs);
@@ -146,9 +159,11 @@ __global__ void __launch_bounds__(kWarp * kWarpsPerBlock, D <= 128 ? 3 : 2)
     }
 }
 
-// out = sum of 2^lse_s out_s / sum of 2^lse_s over the splits s. Grid (Hq, R); each warp sums every fourth split, then the warps are summed.
+// out = sum of 2^lse_s out_s / sum of 2^lse_s over the splits s. Grid (Hq, R); each warp sums every fourth split, then
+// the warps are summed.
 template <class T, int D>
-__global__ void __launch_bounds__(kWarp * kWarpsPerBlock) merge_splits_kernel(const AttentionParams p, const AttentionScratch scratch) {
+__global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
+    merge_splits_kernel(const AttentionParams p, const AttentionScratch scratch) {
     constexpr int kChannels = D / kWarp;
     struct alignas(kChannels * sizeof(float)) Channels {
         float values[kChannels];
@@ -178,7 +193,8 @@ __global__ void __launch_bounds__(kWarp * kWarpsPerBlock) merge_splits_kernel(co
             const int split = i * kWarp + j * kWarpsPerBlock + warp;
             const float w = __shfl_sync(kAllLanes, weight, j * kWarpsPerBlock + warp);
             Channels part{};  // a split without tokens has weight 0 and wrote nothing
-            if (w != 0.f) part = *reinterpret_cast<const Channels*>(scratch.out + (split * stride + item) * D + lane * kChannels);
+            if (w != 0.f)
+                part = *reinterpret_cast<const Channels*>(scratch.out + (split * stride + item) * D + lane * kChannels);
 #pragma unroll
             for (int c = 0; c < kChannels; ++c) sums[c] += w * part.values[c];
         }

@@ -1,5 +1,6 @@
-// Which keys are the best ones, found by a whole block: a histogram narrows the threshold to a bin, the few keys in that bin are ranked
-// against each other. Exact for any keys; where many are equal or a sample misleads it takes more rounds.
+// Which keys are the best ones, found by a whole block: a histogram narrows the threshold to a bin, the few keys in
+// that bin are ranked against each other. Exact for any keys; where many are equal or a sample misleads it takes more
+// rounds.
 #pragma once
 #include "device.cuh"
 
@@ -31,8 +32,10 @@ __device__ __forceinline__ uint32_t warp_floor(uint32_t x, int rank, uint32_t* h
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
         const uint32_t middle = low + (high - low) / 2 + 1;
-        if (__popc(__ballot_sync(kAllLanes, x >= middle)) >= rank) low = middle;
-        else high = middle - 1;
+        if (__popc(__ballot_sync(kAllLanes, x >= middle)) >= rank)
+            low = middle;
+        else
+            high = middle - 1;
         if (low >= high) break;
     }
     return low;
@@ -76,16 +79,20 @@ struct BlockSelect {
         low = __reduce_min_sync(kAllLanes, low), high = __reduce_max_sync(kAllLanes, high);
         if (lane == 0) shared.lows[warp] = low, shared.highs[warp] = high;
         __syncthreads();
-        return {__reduce_min_sync(kAllLanes, shared.lows[lane % kWarps]), __reduce_max_sync(kAllLanes, shared.highs[lane % kWarps])};
+        return {__reduce_min_sync(kAllLanes, shared.lows[lane % kWarps]),
+                __reduce_max_sync(kAllLanes, shared.highs[lane % kWarps])};
     }
 
-    // The threshold of the `wanted` largest of `competing` keys, 1 <= wanted <= competing: keys above it are kept, and of those that equal
-    // it *ties. for_each(f) calls f(key) for this thread's keys. `sampled`: the largest of this lane's four of 128 keys spread over all, the
-    // same in every warp; the threshold is sought above a key that few of them reach. Bins must be clear, with a barrier since.
+    // The threshold of the `wanted` largest of `competing` keys, 1 <= wanted <= competing: keys above it are kept, and
+    // of those that equal it *ties. for_each(f) calls f(key) for this thread's keys. `sampled`: the largest of this
+    // lane's four of 128 keys spread over all, the same in every warp; the threshold is sought above a key that few of
+    // them reach. Bins must be clear, with a barrier since.
     template <class ForEach>
-    __device__ uint32_t threshold(ForEach&& for_each, uint32_t sampled, uint32_t wanted, uint32_t competing, uint32_t* ties) {
+    __device__ uint32_t threshold(ForEach&& for_each, uint32_t sampled, uint32_t wanted, uint32_t competing,
+                                  uint32_t* ties) {
         const int lane = threadIdx.x % kWarp;
-        const float expected = float(kSample) * wanted / competing;  // sampled keys above the threshold; then three deviations more
+        const float expected =
+            float(kSample) * wanted / competing;  // sampled keys above the threshold; then three deviations more
         const int rank = int(expected + 3.f * sqrtf(expected)) + 3;
         uint32_t low, high;
         if (rank <= 28 && competing >= kSample) {
@@ -98,13 +105,16 @@ struct BlockSelect {
         while (true) {
             const int shift = max(32 - __clz(high - low) - kBinBits, 0);
             for_each([&](uint32_t key) {
-                if (key >= low && key <= limit) atomicAdd(&shared.bins[min((key - low) >> shift, uint32_t(kBins - 1))], 1u);
+                if (key >= low && key <= limit)
+                    atomicAdd(&shared.bins[min((key - low) >> shift, uint32_t(kBins - 1))], 1u);
             });
             __syncthreads();
             // Every warp finds the bin by itself; lane i sums the bins from kBins - 1 - i * kBinsPerLane down.
             const int top = kBins - 1 - lane * kBinsPerLane;
-            const uint4 upper = *reinterpret_cast<const uint4*>(&shared.bins[top - 3]), lower = *reinterpret_cast<const uint4*>(&shared.bins[top - 7]);
-            const uint32_t counts[kBinsPerLane] = {upper.w, upper.z, upper.y, upper.x, lower.w, lower.z, lower.y, lower.x};
+            const uint4 upper = *reinterpret_cast<const uint4*>(&shared.bins[top - 3]),
+                        lower = *reinterpret_cast<const uint4*>(&shared.bins[top - 7]);
+            const uint32_t counts[kBinsPerLane] = {upper.w, upper.z, upper.y, upper.x,
+                                                   lower.w, lower.z, lower.y, lower.x};
             const uint32_t sum = upper.x + upper.y + upper.z + upper.w + lower.x + lower.y + lower.z + lower.w;
             const uint32_t inclusive = warp_inclusive_sum(sum);
             const unsigned reached = __ballot_sync(kAllLanes, inclusive >= wanted);

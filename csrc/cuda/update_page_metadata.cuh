@@ -6,20 +6,23 @@
 namespace quest::cuda {
 
 template <class T, int D>
-__global__ void __launch_bounds__(kWarp * kWarpsPerBlock) update_page_metadata_kernel(const UpdateParams p) {
+__global__ void __launch_bounds__(kWarp* kWarpsPerBlock) update_page_metadata_kernel(const UpdateParams p) {
     let_successor_start();
     wait_for_predecessor();
 
     const int request = blockIdx.z, head = blockIdx.y, warp = threadIdx.x / kWarp, page_size = p.paging.page_size;
     const PageTable table(p.paging, request);
-    const int tokens = table.visible(p.seq_lens[request]), start = max(p.start_lens[request], 0), num_pages = table.pages(tokens);
+    const int tokens = table.visible(p.seq_lens[request]), start = max(p.start_lens[request], 0),
+              num_pages = table.pages(tokens);
     if (start >= tokens) return;
-    for (int page = (start >> table.page_shift) + blockIdx.x * kWarpsPerBlock + warp; page < num_pages; page += gridDim.x * kWarpsPerBlock) {
+    for (int page = (start >> table.page_shift) + blockIdx.x * kWarpsPerBlock + warp; page < num_pages;
+         page += gridDim.x * kWarpsPerBlock) {
         const int64_t block = table.block(page);
         const int part = table.part(page);
         const T* keys = static_cast<const T*>(p.k_cache.data) + block * p.k_cache.block_stride +
                         part * page_size * p.k_cache.token_stride + head * p.k_cache.head_stride;
-        T* bounds = static_cast<T*>(p.metadata.data) + block * p.metadata.block_stride + head * p.metadata.head_stride + part * (2 * D);
+        T* bounds = static_cast<T*>(p.metadata.data) + block * p.metadata.block_stride + head * p.metadata.head_stride +
+                    part * (2 * D);
         store_page_bounds<T, D>(keys, p.k_cache.token_stride, min(page_size, tokens - page * page_size), bounds);
     }
 }
