@@ -27,9 +27,8 @@ def find_torch():
 
 
 def find_nvcc():
-    home = [Path(os.environ["CUDA_HOME"], "bin/nvcc")] if os.environ.get("CUDA_HOME") else []
-    on_path = [Path(p) for p in [shutil.which("nvcc")] if p]
-    return next((p for p in [*home, *on_path, *(s / "nvidia/cu13/bin/nvcc" for s in SITES)] if p.exists()), None)
+    places = [Path(os.environ.get("CUDA_HOME") or "none", "bin/nvcc"), Path(shutil.which("nvcc") or "none")]
+    return next((p for p in [*places, *(s / "nvidia/cu13/bin/nvcc" for s in SITES)] if p.exists()), None)
 
 
 def cuda_archs(nvcc):
@@ -66,8 +65,8 @@ class build_ext(_build_ext):  # the name under which setuptools reads its settin
         print("quest_ops:", torch, f"{nvcc} for {archs}" if archs else "CPU kernels only", sep="\n  ", flush=True)
         build, settings = Path(self.build_temp).resolve(), [f"-D{name}={value}" for name, value in defines.items()]
         subprocess.run(["cmake", "-G", "Ninja", "-S", ROOT, "-B", build, *settings], check=True)
-        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        subprocess.run(["cmake", "--build", build, "--parallel", jobs], check=True)
+        jobs = ["--parallel", os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)]
+        subprocess.run(["cmake", "--build", build, *jobs], check=True)
 
     def get_outputs(self):
         return [str(p) for p in (Path(self.build_lib) / "quest_ops").glob("*.so")]

@@ -2,9 +2,9 @@
 
     python benchmarks/kernels.py --json benchmarks/results/kernels-h100.json --csrc-tree $(git rev-parse HEAD:csrc)
 
-Columns are microseconds a layer: L2 cold, CUDA graph, median of replays, random data. "floor" is 2.3 us + bytes / 2.95 TB/s
-on an H100: the bytes that must move (metadata of all pages, K and V of the chosen ones, q and out) at the rate of scattered
-16-byte loads. "ratio" is FlashInfer's time (SDPA's where it is not installed) over that of "quest".
+Columns are microseconds a layer: L2 cold, CUDA graph, median of replays, random data. "floor" is 2.3 us + bytes / 2.95
+TB/s on an H100: the bytes that must move (metadata of all pages, K and V of the chosen ones, q and out) at the rate of
+scattered 16-byte loads. "ratio" is FlashInfer's time (SDPA's where it is not installed) over that of "quest".
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""How kernels are timed: a CUDA graph over several layers' own pools, so that L2 is cold as in a real step; median of replays."""
+"""How kernels are timed: a CUDA graph over several layers' own pools, so that L2 is cold as in a real step."""
 
 import statistics
 from collections.abc import Callable
@@ -7,7 +7,7 @@ import torch
 
 
 def graph_us(calls: list[Callable[[], object]], replays: int = 20) -> float:
-    """Microseconds a call: the calls are captured in order in one CUDA graph, replayed, and the median is divided by their number."""
+    """Microseconds a call: median time of a CUDA graph of the calls, in their order, over their number."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

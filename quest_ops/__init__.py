@@ -1,7 +1,7 @@
 """quest_ops: query-aware sparse decode attention (QUEST, Tang et al., ICML 2024) as torch custom ops.
 
-The ops are `torch.ops.quest_ops.*`, documented in `quest_ops.ops`; `QuestConfig`, `PagedKVCache` and `QuestAttention` wire them into
-an inference loop.
+The ops are `torch.ops.quest_ops.*`, documented in `quest_ops.ops`; `QuestConfig`, `PagedKVCache` and `QuestAttention`
+wire them into an inference loop.
 """
 
 from pathlib import Path
@@ -13,7 +13,8 @@ __version__ = "0.1.0"
 _LIBRARY = Path(__file__).with_name("libquest_ops.so")
 if not _LIBRARY.exists():
     raise ImportError(
-        f"quest_ops has no compiled library at {_LIBRARY}. Build it: `pip install .` in a checkout, or `pip install -e .` to work on it."
+        f"quest_ops has no compiled library at {_LIBRARY}. Build it: `pip install .` in a checkout, or "
+        "`pip install -e .` to work on it."
     )
 torch.ops.load_library(str(_LIBRARY))
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
 import re
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 MIN_CAPABILITY = (8, 0)  # the kernels multiply bfloat16 on tensor cores
-FUSED_CAPABILITY = (9, 0)  # csrc/plan.h: plan_fused
+FUSED_CAPABILITY = (9, 0)  # from here on plan_fused (csrc/plan.h) looks whether a step fits the chip
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class System:
         CPU-only build; None: unknown, since quest_ops._C is missing.
     built_cuda: version of the nvcc that built it, torch_cuda: of torch's CUDA runtime ("13.0"), None without.
     driver_cuda: newest CUDA version that the driver runs, (13, 0); None without a driver.
-    cpu_kernels: instruction set of the CPU kernels.
+    cpu_kernels: their instruction set, or what is wrong with the one that QUEST_OPS_CPU_CAPABILITY asks for.
     """
 
     quest_ops: str
@@ -95,7 +95,7 @@ def describe_device(device: Device, system: System) -> tuple[bool, str]:
     code = compiled[-1] if compiled else f"{ptx[-1]} (PTX, compiled by the driver at first use)"
     path = "portable CUDA kernels"
     if device.capability >= FUSED_CAPABILITY:
-        path = "fused CUDA kernel for quest_decode_attention where a step fits the chip, else " + path
+        path = "quest_decode_attention in one launch (fused) where a step fits the chip, else " + path
     return True, f"{path}; code for {code}"
 
 
@@ -143,20 +143,11 @@ def report(system: System) -> str:
     return "\n".join(lines + [f"problem      {problem}" for problem in problems])
 
 
-def cpu_kernels(machine: str, flags: set[str], wanted: str | None) -> str:
-    """The CPU kernels' instruction set, chosen as csrc/cpu/dispatch.cpp does.
-
-    machine: platform.machine(). flags: of /proc/cpuinfo. wanted: QUEST_OPS_CPU_CAPABILITY.
-    """
-    supported = {"plain"}
-    if machine in ("x86_64", "AMD64"):
-        if {"avx2", "fma", "f16c"} <= flags:
-            supported.add("avx2")
-            if {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags:
-                supported.add("avx512")
-    if wanted:
-        return wanted if wanted in supported else f"QUEST_OPS_CPU_CAPABILITY={wanted} is not supported here"
-    return next(name for name in ("avx512", "avx2", "plain") if name in supported)
+def cpu_kernels() -> str:
+    """Instruction set of the CPU kernels, "avx512", "avx2" or "plain", or what is wrong with the one asked for."""
+    library = ctypes.CDLL(str(Path(__file__).with_name("libquest_ops.so")))
+    library.quest_ops_cpu_capability.restype = ctypes.c_char_p
+    return library.quest_ops_cpu_capability().decode()
 
 
 def inspect_system() -> System:
@@ -181,21 +172,13 @@ def inspect_system() -> System:
         torch=torch.__version__,
         python=platform.python_version(),
         platform=f"{sys.platform} {platform.machine()}",
-        cpu_kernels=cpu_kernels(platform.machine(), _cpu_flags(), os.environ.get("QUEST_OPS_CPU_CAPABILITY")),
+        cpu_kernels=cpu_kernels(),
         built_archs=archs,
         built_cuda=built_cuda,
         torch_cuda=torch.version.cuda,
         driver_cuda=_driver_cuda(),
         devices=tuple(devices),
     )
-
-
-def _cpu_flags() -> set[str]:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next((set(line.split()) for line in file if line.startswith("flags")), set())
-    except OSError:
-        return set()
 
 
 def _driver_cuda() -> tuple[int, int] | None:

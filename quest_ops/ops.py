@@ -1,19 +1,22 @@
 """The ops, one function each. All take the same tensors, so they compose with any engine's paged cache:
 
-- `query [R, Hq, D]` float16 / bfloat16 (float32 on the CPU too), `R = B * T`: `T` of 1 to 8 adjacent rows share a request's block table;
-  `Hq / Hkv` of 1 to 16, `D` of 64, 128 or 256.
-- `k_cache`, `v_cache [num_blocks, S, Hkv, D]` of query's dtype: any strides, last dimension contiguous, rows aligned to 16 bytes. NHD, HND,
-  FlashInfer's and vLLM's pools are views of this shape.
-- `page_metadata [num_blocks, Hkv, M, 2, D]`, or `[num_blocks, Hkv, 2, D]` where a block is one page: per page of `S / M` tokens and KV head
-  the channel-wise minimum `[..., 0, :]` and maximum `[..., 1, :]` of its keys, in the cache's dtype.
-- `block_table [B, max_blocks]` int32; entries past a row's length are never read. `seq_lens [R]` int32: how many tokens a row sees, itself
-  included; clamped to the table; 0 is an empty slot.
+- `query [R, Hq, D]` float16 / bfloat16 (float32 on the CPU too), `R = B * T`: `T` of 1 to 8 adjacent rows share a
+  request's block table; `Hq / Hkv` of 1 to 16, `D` of 64, 128 or 256.
+- `k_cache`, `v_cache [num_blocks, S, Hkv, D]` of query's dtype: any strides, last dimension contiguous, rows aligned to
+  16 bytes. NHD, HND, FlashInfer's and vLLM's pools are views of this shape. `S = M * page_size` tokens, `page_size` of
+  8, 16, 32, 64 or 128, `M` of 1 to 8.
+- `page_metadata [num_blocks, Hkv, M, 2, D]`, or `[num_blocks, Hkv, 2, D]` where a block is one page: per page and KV
+  head the channel-wise minimum `[..., 0, :]` and maximum `[..., 1, :]` of its keys (QUEST: Tang et al., ICML 2024,
+  figure 5), in the cache's dtype.
+- `block_table [B, max_blocks]` int32; entries past a row's length are never read. `seq_lens [R]` int32: how many tokens
+  a row sees, itself included; clamped to the table; 0 is an empty slot.
 
-Lengths and tables are read on the device alone, so every op can be captured in a CUDA graph and replayed while lengths grow.
-`QUEST_OPS_CHECK=1` in the environment makes these functions look at the values too (block numbers, slots, page numbers): slow, and it
-synchronises a GPU.
+Lengths and tables are read on the device alone, so every op can be captured in a CUDA graph and replayed while lengths
+grow. On the CPU the ops also check the block numbers and slots that they use; on a GPU that takes `QUEST_OPS_CHECK=1`
+in the environment, which on both makes these functions check page numbers too: slow, and it synchronises a GPU.
 
-Errors: a `RuntimeError` names the argument, what was received and what is supported, before anything is written.
+Errors: each function raises RuntimeError, before anything is written, for a shape, dtype, device, stride or number that
+it does not support. The message names the argument, what was received and what is supported.
 """
 
 import os
@@ -34,11 +37,15 @@ def append_paged_kv(
     Args:
         key, value: `[X, Hkv, D]`, the cache's dtype; may be slices of one fused projection.
         k_cache, v_cache, page_metadata: written in place.
-        slot_mapping: `[N]` int64, `N <= X`: row `i` goes to token `slot % S` of block `slot // S`; a negative slot is skipped, rows past
-            `N` are padding. Once skips are dropped, tokens of one page must be adjacent.
+        slot_mapping: `[N]` int64, `N <= X`: row `i` goes to token `slot % S` of block `slot // S`; a negative slot is
+            skipped, rows past `N` are padding. Once skips are dropped, tokens of one page must be adjacent.
 
-    A touched page's metadata is computed from the stored keys at offsets 0 to the highest one written, never from earlier metadata: rejected
-    drafts, copied partial pages and reused blocks end in the same bits as a fresh build. A NaN key makes its channel's bounds NaN.
+    A touched page's metadata is computed from the stored keys at offsets 0 to the highest one written, never from
+    earlier metadata: rejected drafts, copied partial pages and reused blocks end in the same bits as a fresh build. A
+    NaN key makes its channel's bounds NaN.
+
+    Raises:
+        RuntimeError: as above, and for a slot past the cache (on a GPU: with `QUEST_OPS_CHECK=1`).
     """
     if _checking():
         _check_values(
@@ -55,7 +62,14 @@ def update_page_metadata(
 ) -> None:
     """Compute the metadata of every page that holds a token of `[start_lens[b], seq_lens[b])` from its stored keys.
 
-    For keys that other code wrote, loaded prefixes, a changed cache. Same bits as `append_paged_kv`. `seq_lens`, `start_lens`: `[B]` int32.
+    For keys that other code wrote, loaded prefixes, a changed cache. Same bits as `append_paged_kv`.
+
+    Args:
+        k_cache: read only. page_metadata: written in place.
+        seq_lens, start_lens: `[B]` int32, in tokens; one for each request, not for each row.
+
+    Raises:
+        RuntimeError: as above, and for a block number past the cache (on a GPU: with `QUEST_OPS_CHECK=1`).
     """
     if _checking():
         _check_block_table(block_table, seq_lens, k_cache.size(1), k_cache.size(0))
@@ -65,15 +79,18 @@ def update_page_metadata(
 def estimate_page_scores(
     query: Tensor, page_metadata: Tensor, block_table: Tensor, seq_lens: Tensor, page_size: int, head_reduction: str
 ) -> Tensor:
-    """Upper bound of `q . k` over each page's keys: `sum_d max(q_d * min_d, q_d * max_d)` (QUEST, section 3.3).
+    """Upper bound of `q . k` over each page's keys: `sum_d max(q_d * min_d, q_d * max_d)` (QUEST, figure 5, stage 1).
 
     Args:
         page_size: tokens a page: 8, 16, 32, 64 or 128.
         head_reduction: over the query heads of a KV head: "max", "mean", or "none" for a score for each query head.
 
     Returns:
-        scores `[R, Hs, P]` float32, `Hs` = `Hkv` ("none": `Hq`), `P` = max_blocks * M; `-inf` past a row's last page. Not scaled by
-        `sm_scale`. NaN in metadata gives NaN, which selection ranks first.
+        scores `[R, Hs, P]` float32, `Hs` = `Hkv` ("none": `Hq`), `P` = max_blocks * M; `-inf` past a row's last page.
+        Not scaled by `sm_scale`. NaN in metadata gives NaN, which selection ranks first.
+
+    Raises:
+        RuntimeError: as above, and for a block number past the cache (on a GPU: with `QUEST_OPS_CHECK=1`).
     """
     if _checking():
         parts = page_metadata.size(2) if page_metadata.dim() == 5 else 1
@@ -91,18 +108,23 @@ def select_topk_pages(
     *,
     page_budgets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The `page_budget` best pages of each row and head, exactly: ties go to the earlier page, NaN ranks above every number.
+    """The `page_budget` best pages of each row and head, exactly: ties go to the earlier page, NaN ranks first.
 
     Args:
         scores: `[R, Hs, P]` float32, contiguous; read only up to a row's last page.
-        seq_lens: `[R]` int32.
-        page_budget: `K`, at least `sink_pages + recent_pages + 1`.
+        seq_lens: `[R]` int32, in tokens.
+        page_size: tokens a page: 8, 16, 32, 64 or 128.
+        page_budget: `K` pages, at least `sink_pages + recent_pages + 1`.
         sink_pages, recent_pages: the first and last pages, always kept; at least 1 recent page, the one being written.
-        page_budgets: int32 `[R]` or `[R, Hs]`, budgets of single rows or heads, clamped to `[sink_pages + recent_pages, page_budget]`.
+        page_budgets: int32 `[R]` or `[R, Hs]`, budgets in pages of single rows or heads, clamped to
+            `[sink_pages + recent_pages, page_budget]`.
 
     Returns:
-        page_ids `[R, Hs, K]` int32, page numbers within the sequence, ascending, padded with -1; page_counts `[R, Hs]` int32. All pages where
-        they fit the budget.
+        page_ids `[R, Hs, K]` int32, page numbers within the sequence, ascending, padded with -1; page_counts `[R, Hs]`
+        int32. All pages where they fit the budget.
+
+    Raises:
+        RuntimeError: as above.
     """
     return _ops.select_topk_pages(
         scores, seq_lens, page_size, page_budget, sink_pages, recent_pages, page_budgets=page_budgets
@@ -123,19 +145,25 @@ def sparse_decode_attention(
     out: Tensor | None = None,
     lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention of each row over the tokens of its listed pages; over all its tokens where `page_ids` is None (dense decode).
+    """Softmax attention of each row over the tokens of its listed pages; over all its tokens without `page_ids`.
+
+    `out = sum_t softmax_t(sm_scale * q . k_t) * v_t` (Vaswani et al. 2017, equation 1).
 
     Args:
-        page_ids: `[R, Hi, K]` int32, ascending, as `select_topk_pages` gives them; `Hi` is 1, `Hkv` or `Hq`. A row's last page is attended
-            whether listed or not, so a selection may be reused over steps.
+        page_ids: `[R, Hi, K]` int32, ascending, as `select_topk_pages` gives them; `Hi` is 1, `Hkv` or `Hq`. A row's
+            last page is attended whether listed or not, so a selection may be reused over steps.
         page_counts: `[R, Hi]` int32; None: up to the first -1.
         page_size: tokens a page; None: the block size `S`.
         sm_scale: factor of `q . k`; None: `1 / sqrt(D)`.
         out, lse: written instead of fresh tensors.
 
     Returns:
-        out `[R, Hq, D]` of query's dtype, lse `[R, Hq]` float32: natural log of the sum of `exp(sm_scale * q . k)`, as FlashAttention and
-        vLLM (FlashInfer's is base 2). An empty slot gives zeros and `-inf`.
+        out `[R, Hq, D]` of query's dtype, lse `[R, Hq]` float32: natural log of the sum of `exp(sm_scale * q . k)`, as
+        FlashAttention and vLLM (FlashInfer's is base 2). An empty slot gives zeros and `-inf`.
+
+    Raises:
+        RuntimeError: as above, for a block number past the cache (on a GPU: with `QUEST_OPS_CHECK=1`), and with
+            `QUEST_OPS_CHECK=1` for page ids out of range or not ascending.
     """
     if _checking():
         size = page_size or k_cache.size(1)
@@ -170,12 +198,13 @@ def quest_decode_attention(
 ) -> tuple[Tensor, Tensor]:
     """QUEST's decode step in one call: `estimate_page_scores`, `select_topk_pages`, `sparse_decode_attention`.
 
-    Equal to the composition of the three; arguments and results are theirs. A page is `S / M` tokens, from the shapes of the cache and
-    its metadata. Rows whose pages fit the budget are attended in full.
+    Equal to the composition of the three; arguments, results and errors are theirs. A page is `S / M` tokens, from the
+    shapes of the cache and its metadata. Rows whose pages fit the budget are attended in full.
 
-    On a GPU of compute capability 9.0 and later the whole step is one launch wherever its blocks fit the chip together. They exchange
-    scores through `workspace`: uint8, zeros at first use, 8 MiB for any call, left as zeros; calls that may run at the same time need one each.
-    None: fresh scratch, cleared by a launch of its own (about 1 us).
+    On a GPU of compute capability 9.0 and later the whole step is one launch wherever its blocks fit the chip together.
+    They exchange scores through `workspace`: uint8 `[bytes]`, zeros at first use, `WORKSPACE_BYTES` (8 MiB) for any
+    call, left as zeros; calls that may run at the same time need one each. None: fresh scratch, cleared by a launch of
+    its own (about 1 us).
     """
     if _checking():
         _check_block_table(block_table, seq_lens, k_cache.size(1), k_cache.size(0))
@@ -264,37 +293,12 @@ def _(scores, seq_lens, page_size, page_budget, sink_pages, recent_pages, *, pag
 
 
 @torch.library.register_fake("quest_ops::sparse_decode_attention")
-def _(
-    query, k_cache, v_cache, block_table, seq_lens, page_ids=None, page_counts=None, *, page_size=None, sm_scale=None
-):
-    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=torch.float32)
-
-
 @torch.library.register_fake("quest_ops::quest_decode_attention")
-def _(query, k_cache, v_cache, page_metadata, block_table, seq_lens, page_budget, sink_pages, recent_pages, head_reduction, *,
-      sm_scale=None, page_budgets=None, workspace=None):  # fmt: skip
+def _(query, *inputs, **options):
     return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=torch.float32)
 
 
 @torch.library.register_fake("quest_ops::sparse_decode_attention_out")
-def _(
-    query,
-    k_cache,
-    v_cache,
-    block_table,
-    seq_lens,
-    page_ids=None,
-    page_counts=None,
-    *,
-    page_size=None,
-    sm_scale=None,
-    out,
-    lse,
-):
-    return None
-
-
 @torch.library.register_fake("quest_ops::quest_decode_attention_out")
-def _(query, k_cache, v_cache, page_metadata, block_table, seq_lens, page_budget, sink_pages, recent_pages, head_reduction, *,
-      sm_scale=None, page_budgets=None, workspace=None, out, lse):  # fmt: skip
+def _(*inputs, **outputs):
     return None

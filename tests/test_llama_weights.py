@@ -1,4 +1,4 @@
-"""Checkpoints: what load_checkpoint returns is what the files hold, and files it cannot use are named, not guessed at."""
+"""Checkpoints: load_checkpoint returns what the files hold, and files it cannot use are named, not guessed at."""
 
 import json
 import shutil

@@ -6,6 +6,8 @@ _C = pytest.importorskip("quest_ops._C", reason="the pybind11 module quest_ops._
 
 H100 = {"capability": 90, "num_sms": 132}
 A100 = {"capability": 80, "num_sms": 108}
+H200_SLICE = {"capability": 90, "num_sms": 60}  # of a partitioned GPU: fewer SMs
+B200 = {"capability": 100, "num_sms": 148}
 WARPS_A_BLOCK, MAX_SPLITS = 4, 128
 
 
@@ -55,6 +57,73 @@ def test_more_tokens_are_shared_by_more_blocks():
 def test_walking_blocks(chip, items, max_pages, pages_per_block, blocks):
     planned = _C.plan_walking_blocks(**chip, items=items, max_pages=max_pages, pages_per_block=pages_per_block)
     assert planned == blocks
+
+
+@pytest.mark.parametrize(
+    ("chip", "teams", "head_dim", "team_size"),
+    [
+        (H100, 1, 128, 16),  # the largest team there is
+        (H100, 8, 128, 16),  # GQA, batch 1: 128 blocks, one an SM
+        (H100, 9, 128, 16),  # 144 blocks: two on some SMs
+        (H100, 16, 128, 16),
+        (H100, 17, 128, 8),
+        (H100, 32, 128, 8),  # MHA, batch 1: 256 of the 264 blocks that are resident at once
+        (H100, 33, 128, 8),
+        (H100, 34, 128, 4),
+        (H100, 64, 64, 4),
+        (H100, 67, 128, 2),
+        (H100, 132, 128, 2),
+        (H100, 133, 128, 0),  # 266 blocks would not all be resident
+        (H100, 8, 256, 16),  # D of 256: one block an SM
+        (H100, 9, 256, 8),
+        (H100, 32, 256, 4),
+        (H100, 66, 256, 2),
+        (H100, 67, 256, 0),
+        (H100, 10**10, 128, 0),
+        (H100, 0, 128, 0),  # no rows
+        (H200_SLICE, 8, 128, 8),
+        (H200_SLICE, 60, 128, 2),
+        (H200_SLICE, 61, 128, 0),
+        (B200, 37, 128, 8),
+        (A100, 8, 128, 0),
+    ],
+)
+def test_team_of_the_fused_step(chip, teams, head_dim, team_size):
+    planned = _C.plan_fused(**chip, teams=teams, group=4, head_dim=head_dim, max_pages=2048)
+    assert planned["team_size"] == team_size
+
+
+@pytest.mark.parametrize(
+    ("capability", "group", "max_pages", "planned"),
+    [
+        (90, 1, 1, (16, 8)),
+        (90, 8, 2048, (16, 8)),  # 256 threads hold 8 keys each
+        (90, 8, 2049, (16, 32)),
+        (120, 8, 8192, (16, 32)),
+        (90, 8, 8193, (0, None)),  # more pages than a block's keys
+        (90, 9, 2048, (0, None)),  # more query heads than columns of an mma
+        (89, 8, 2048, (0, None)),
+        (80, 8, 2048, (0, None)),
+    ],
+)
+def test_which_steps_are_fused(capability, group, max_pages, planned):
+    shape = {"teams": 8, "group": group, "head_dim": 128, "max_pages": max_pages}
+    plan = _C.plan_fused(capability=capability, num_sms=132, **shape)
+    assert plan["team_size"] == planned[0]
+    assert planned[0] == 0 or plan["keys_per_thread"] == planned[1]
+
+
+@pytest.mark.parametrize("num_sms", [1, 7, 60, 78, 132, 148])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_all_blocks_of_a_fused_step_are_resident(num_sms, head_dim):
+    """Teams wait for their members: a block that is not running yet would never be met. And none is left idle."""
+    resident = num_sms * (2 if head_dim <= 128 else 1)
+    for teams in range(1, 2 * num_sms + 3):
+        shape = {"teams": teams, "group": 8, "head_dim": head_dim, "max_pages": 8192}
+        size = _C.plan_fused(capability=90, num_sms=num_sms, **shape)["team_size"]
+        assert size in (0, 2, 4, 8, 16)
+        assert teams * size <= resident
+        assert size == 16 or teams * max(2 * size, 2) > resident
 
 
 @pytest.mark.parametrize(("capability", "overlaps"), [(80, False), (86, False), (89, False), (90, True), (120, True)])

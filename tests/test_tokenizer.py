@@ -1,4 +1,4 @@
-"""Tokenizers: texts survive the round trip, files that say how to split text are followed, streams never split a character."""
+"""Tokenizers: texts survive the round trip, files say how text is split, streams never split a character."""
 
 import json
 

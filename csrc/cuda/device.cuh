@@ -121,6 +121,13 @@ struct PageTable {
     __device__ __forceinline__ int visible(int seq_len) const { return min(max(seq_len, 0), max_pages << page_shift); }
     __device__ __forceinline__ int pages(int tokens) const { return (tokens + (1 << page_shift) - 1) >> page_shift; }
 
+    // Brings the block numbers into L1 by all threads of the block, one line each.
+    __device__ __forceinline__ void prefetch() const {
+        constexpr int kEntries = 32;  // a line of 128 bytes
+        for (int i = threadIdx.x * kEntries; i < entry(max_pages); i += blockDim.x * kEntries)
+            asm volatile("prefetch.global.L1 [%0];" ::"l"(blocks + i));
+    }
+
     // Page i is part i % M of block i / M. Exact for every page number: they stay under 2^28.
     __device__ __forceinline__ int entry(int page) const { return reciprocal == 0 ? page : __umulhi(page, reciprocal); }
     __device__ __forceinline__ int part(int page) const { return page - entry(page) * pages_per_block; }

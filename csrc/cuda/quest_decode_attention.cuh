@@ -33,20 +33,26 @@ __device__ __forceinline__ void deal_selected_pages(const FusedParams& p, const 
     // Thread i looks at pages [i * run, (i + 1) * run); each warp also at a sample of all.
     const int run = (num_pages + 4 * kTeamThreads - 1) / (4 * kTeamThreads) * 4, mine = threadIdx.x * run;
     const int sample = (first + threadIdx.x % kWarp * (competing / kWarp)) / 4 * 4;
-    // Each warp waits for the blocks' flags, a few words, rather than for all keys: polling those would fill the L2's
-    // bandwidth.
-    const int lane = threadIdx.x % kWarp;
-    const bool waits = lane < 1 << size_log2;
-    while (__any_sync(kAllLanes, waits && peek_word(space.done + lane) == 0)) {
-    }
-    uint32_t key[kKeys], sampled;
+    auto deal = [&](int position, int page) {
+        if ((position & ((1 << size_log2) - 1)) == rank) list[position >> size_log2] = page;
+    };
+    for (int i = threadIdx.x; i < p.sink_pages; i += kTeamThreads) deal(i, i);
+    for (int i = threadIdx.x; i < p.recent_pages; i += kTeamThreads) deal(kept - p.recent_pages + i, last + i);
+    // Where blocks finish far apart, each warp waits for the blocks' flags, a few words: polling all keys meanwhile
+    // would fill the L2's bandwidth. Teams of blocks that have the chip to themselves finish together and save the
+    // round trip.
+    const int lane = threadIdx.x % kWarp, size = 1 << size_log2;
+    if (size < kMaxTeam)
+        while (__any_sync(kAllLanes, lane < size && peek_word(space.done + lane) == 0)) {
+        }
+    uint32_t key[kKeys] = {}, sampled;
     bool pending;
-    do {  // almost always once: a flag was written after the keys, but nothing orders the two
+    do {  // all loads, then the tests: polling one by one would serialise the round trips
         const uint4 s = peek(space.keys + sample);
 #pragma unroll
         for (int j = 0; j < kKeys; j += 4) {
-            uint4 v{};
-            if (j < run && mine + j < num_pages) v = peek(space.keys + mine + j);
+            uint4 v{key[j], key[j + 1], key[j + 2], key[j + 3]};
+            if (j < run && mine + j < num_pages && !complete(v)) v = peek(space.keys + mine + j);
             key[j] = v.x, key[j + 1] = v.y, key[j + 2] = v.z, key[j + 3] = v.w;
         }
         sampled = max(max(s.x, s.y), max(s.z, s.w));
@@ -56,11 +62,6 @@ __device__ __forceinline__ void deal_selected_pages(const FusedParams& p, const 
     } while (pending);
     mark_phase(3);
 
-    auto deal = [&](int position, int page) {
-        if ((position & ((1 << size_log2) - 1)) == rank) list[position >> size_log2] = page;
-    };
-    for (int i = threadIdx.x; i < p.sink_pages; i += kTeamThreads) deal(i, i);
-    for (int i = threadIdx.x; i < p.recent_pages; i += kTeamThreads) deal(kept - p.recent_pages + i, last + i);
     if (wanted == 0) return;
 #pragma unroll
     for (int j = 0; j < kKeys; ++j)
@@ -111,6 +112,7 @@ __global__ void __launch_bounds__(kTeamThreads, D <= 128 ? 2 : 1)
     wait_for_predecessor();
     mark_phase(1);
 
+    table.prefetch();
     // Block numbers are fetched beside the length that says whether they count.
     int first = (warp * size + rank) * kTileTokens;
     auto block_of = [&](int page) { return page < table.max_pages ? table.block(page) : 0; };
@@ -155,7 +157,7 @@ __global__ void __launch_bounds__(kTeamThreads, D <= 128 ? 2 : 1)
         if (size < kMaxTeam) prefetch_page<T, D>(a, table, kv_head, best_key, best_page);
         mark_phase(2);
         __syncthreads();  // all of the block's keys are on their way; bins are clear
-        if (threadIdx.x == 0) publish(space.done + rank, 1u);
+        if (threadIdx.x == 0 && size < kMaxTeam) publish(space.done + rank, 1u);
         deal_selected_pages<kKeys>(p, space, num_pages, kept, rank, size_log2, shared, list);
         __syncthreads();
     }

@@ -118,7 +118,7 @@ struct BlockSelect {
             const uint32_t sum = upper.x + upper.y + upper.z + upper.w + lower.x + lower.y + lower.z + lower.w;
             const uint32_t inclusive = warp_inclusive_sum(sum);
             const unsigned reached = __ballot_sync(kAllLanes, inclusive >= wanted);
-            if (reached == 0) {  // the sample was too high
+            if (__builtin_expect(reached == 0, 0)) {  // the sample was too high
                 __syncthreads();
                 clear_bins();
                 const uint2 range = true_range(for_each);
@@ -144,7 +144,7 @@ struct BlockSelect {
                 *ties = wanted;
                 return low;
             }
-            if (count <= kWarp) {
+            if (__builtin_expect(count <= kWarp, 1)) {
                 for_each([&](uint32_t key) {
                     if (key >= low && key <= limit) shared.candidates[atomicAdd(&shared.num_candidates, 1u)] = key;
                 });
