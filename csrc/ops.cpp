@@ -394,42 +394,39 @@ extern "C" __attribute__((visibility("default"))) const char* quest_ops_cpu_capa
     }
 }
 
+// clang-format off: it would break the schemas inside words
 STABLE_TORCH_LIBRARY(quest_ops, library) {
     library.def(
         "append_paged_kv(Tensor key, Tensor value, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) page_metadata, "
         "Tensor slot_mapping) -> ()");
     library.def(
-        "update_page_metadata(Tensor k_cache, Tensor(a!) page_metadata, Tensor block_table, Tensor seq_lens, Tensor "
-        "start_lens) -> ()");
+        "update_page_metadata(Tensor k_cache, Tensor(a!) page_metadata, Tensor block_table, Tensor seq_lens, "
+        "Tensor start_lens) -> ()");
     library.def(
         "estimate_page_scores(Tensor query, Tensor page_metadata, Tensor block_table, Tensor seq_lens, int page_size, "
         "str head_reduction) -> Tensor");
     library.def(
-        "select_topk_pages(Tensor scores, Tensor seq_lens, int page_size, int page_budget, int sink_pages, int "
-        "recent_pages, *, "
-        "Tensor? page_budgets=None) -> (Tensor, Tensor)");
+        "select_topk_pages(Tensor scores, Tensor seq_lens, int page_size, int page_budget, int sink_pages, "
+        "int recent_pages, *, Tensor? page_budgets=None) -> (Tensor, Tensor)");
     library.def(
         "sparse_decode_attention(Tensor query, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, "
-        "Tensor? page_ids=None, Tensor? page_counts=None, *, int? page_size=None, float? sm_scale=None) -> (Tensor, "
-        "Tensor)");
+        "Tensor? page_ids=None, Tensor? page_counts=None, *, int? page_size=None, float? sm_scale=None) "
+        "-> (Tensor, Tensor)");
     library.def(
-        "sparse_decode_attention_out(Tensor query, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor "
-        "seq_lens, "
-        "Tensor? page_ids=None, Tensor? page_counts=None, *, int? page_size=None, float? sm_scale=None, "
-        "Tensor(a!) out, Tensor(b!) lse) -> ()");
+        "sparse_decode_attention_out(Tensor query, Tensor k_cache, Tensor v_cache, Tensor block_table, "
+        "Tensor seq_lens, Tensor? page_ids=None, Tensor? page_counts=None, *, int? page_size=None, "
+        "float? sm_scale=None, Tensor(a!) out, Tensor(b!) lse) -> ()");
     library.def(
-        "quest_decode_attention(Tensor query, Tensor k_cache, Tensor v_cache, Tensor page_metadata, Tensor "
-        "block_table, "
-        "Tensor seq_lens, int page_budget, int sink_pages, int recent_pages, str head_reduction, *, float? "
-        "sm_scale=None, "
-        "Tensor? page_budgets=None, Tensor(a!)? workspace=None) -> (Tensor, Tensor)");
+        "quest_decode_attention(Tensor query, Tensor k_cache, Tensor v_cache, Tensor page_metadata, "
+        "Tensor block_table, Tensor seq_lens, int page_budget, int sink_pages, int recent_pages, str head_reduction, "
+        "*, float? sm_scale=None, Tensor? page_budgets=None, Tensor(a!)? workspace=None) -> (Tensor, Tensor)");
     library.def(
-        "quest_decode_attention_out(Tensor query, Tensor k_cache, Tensor v_cache, Tensor page_metadata, Tensor "
-        "block_table, "
-        "Tensor seq_lens, int page_budget, int sink_pages, int recent_pages, str head_reduction, *, float? "
-        "sm_scale=None, "
-        "Tensor? page_budgets=None, Tensor(a!)? workspace=None, Tensor(b!) out, Tensor(c!) lse) -> ()");
+        "quest_decode_attention_out(Tensor query, Tensor k_cache, Tensor v_cache, Tensor page_metadata, "
+        "Tensor block_table, Tensor seq_lens, int page_budget, int sink_pages, int recent_pages, str head_reduction, "
+        "*, float? sm_scale=None, Tensor? page_budgets=None, Tensor(a!)? workspace=None, Tensor(b!) out, "
+        "Tensor(c!) lse) -> ()");
 }
+// clang-format on
 
 STABLE_TORCH_LIBRARY_IMPL(quest_ops, CPU, library) { quest::implement(library); }
 STABLE_TORCH_LIBRARY_IMPL(quest_ops, CUDA, library) { quest::implement(library); }

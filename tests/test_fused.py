@@ -38,8 +38,15 @@ class Problem:
 
 def assert_close(actual, expected):
     (out, lse), (expected_out, expected_lse) = actual, expected
-    torch.testing.assert_close(out, expected_out, rtol=2e-2, atol=2e-3 if out.dtype == torch.float16 else 1e-2)
-    torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-3)
+    half = out.dtype == torch.float16
+    torch.testing.assert_close(out, expected_out, rtol=2e-3 if half else 1.6e-2, atol=2e-4 if half else 1e-3)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-4)
+
+
+def assert_is_fused(problem):
+    """Only the one-launch path looks at the workspace's size."""
+    with pytest.raises(RuntimeError, match="workspace has 64 bytes"):
+        problem.fused(8, workspace=torch.zeros(64, dtype=torch.uint8, device="cuda"))
 
 
 def new_workspace():
@@ -62,6 +69,7 @@ SHAPES = [  # batch, KV heads, group, tokens: teams of 16, 8, 4 and 2; 8 and 32 
 @pytest.mark.parametrize("reduction", ["max", "mean"])
 def test_fused_equals_the_separate_ops(batch, kv_heads, group, tokens, reduction):
     problem = Problem(batch, kv_heads, group, tokens)
+    assert_is_fused(problem)
     workspace = new_workspace()
     for budget in (8, 64, 128):
         expected = problem.separate(budget, reduction=reduction)
@@ -78,6 +86,7 @@ def test_every_instantiation(dtype, head_dim, page):
         for tokens in (40 * page - 3, 2100 * min(page, 16)):
             problem = Problem(batch, kv_heads, group, tokens, dtype, page, head_dim)
             problem.lens -= torch.arange(batch, device="cuda", dtype=torch.int32) * 7
+            assert_is_fused(problem)
             assert_close(problem.fused(16), problem.separate(16))
 
 
@@ -130,9 +139,3 @@ def test_replays_follow_growing_lengths():
         graph.replay()
         assert_close(result, problem.separate(32))
     assert not workspace.any()
-
-
-def test_a_small_workspace_is_refused():
-    problem = Problem(1, 8, 4, 5000)
-    with pytest.raises(RuntimeError, match="workspace has 64 bytes"):
-        problem.fused(64, workspace=torch.zeros(64, dtype=torch.uint8, device="cuda"))

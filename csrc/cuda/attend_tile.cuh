@@ -25,20 +25,23 @@ struct TokenTile {
     uint4 key[2][D / 32], value[2][2][D / 64];
     int valid[2];
 
-    // `keys`, `values`: of the KV head, in block 0.
+    // `keys`, `values`: of the KV head, in block 0. The key of a token that the row does not see is another one: its
+    // score is not used.
     __device__ __forceinline__ void load_keys(const Pool& pool, const T* keys, const Run (&runs)[2]) {
         const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             valid[h] = runs[h].valid;
-            const T* from = keys + runs[h].block * pool.block_stride + (runs[h].offset + g) * pool.token_stride + 8 * t;
+            const int token = runs[h].offset + max(min(g, valid[h] - 1), 0);
+            const T* from = keys + runs[h].block * pool.block_stride + token * pool.token_stride + 8 * t;
 #pragma unroll
-            for (int c = 0; c < D / 32; ++c) key[h][c] = g < valid[h] ? load_streaming(from + 32 * c) : uint4{};
+            for (int c = 0; c < D / 32; ++c) key[h][c] = load_streaming(from + 32 * c);
         }
     }
-    // Values of tokens that the row does not see are zeros: their weights are, and 0 * NaN is not.
+    // Its value is zero: so is its weight, and 0 * NaN would not be.
     __device__ __forceinline__ void load_values(const Pool& pool, const T* values, const Run (&runs)[2]) {
         const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+        const bool all = valid[0] == 8 && valid[1] == 8;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const T* from =
@@ -46,9 +49,11 @@ struct TokenTile {
 #pragma unroll
             for (int i = 0; i < 2; ++i)
 #pragma unroll
-                for (int j = 0; j < D / 64; ++j)
-                    value[h][i][j] =
-                        2 * t + i < valid[h] ? load_streaming(from + i * pool.token_stride + 64 * j) : uint4{};
+                for (int j = 0; j < D / 64; ++j) {
+                    if (!all) value[h][i][j] = uint4{};
+                    if (all || 2 * t + i < valid[h])
+                        value[h][i][j] = load_streaming(from + i * pool.token_stride + 64 * j);
+                }
         }
     }
 };
@@ -63,11 +68,11 @@ struct OnlineSoftmax {
     __device__ __forceinline__ void scores_of(float (&score)[4], const TokenTile<T, D>& tile,
                                               const uint4 (&query)[D / 32], float scale) const {
         const int g = threadIdx.x % kWarp / 4;
-        score[0] = score[1] = score[2] = score[3] = 0.f;
+        float sums[2][4] = {};
 #pragma unroll
-        for (int c = 0; c < D / 32; ++c) multiply_32_channels<T>(score, tile.key[0][c], tile.key[1][c], query[c]);
+        for (int c = 0; c < D / 32; ++c) multiply_32_channels<T>(sums, tile.key[0][c], tile.key[1][c], query[c]);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) score[i] = g < tile.valid[i / 2] ? score[i] * scale : -INFINITY;
+        for (int i = 0; i < 4; ++i) score[i] = g < tile.valid[i / 2] ? (sums[0][i] + sums[1][i]) * scale : -INFINITY;
     }
 
     __device__ __forceinline__ void add(const float (&score)[4], const TokenTile<T, D>& tile) {

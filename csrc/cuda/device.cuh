@@ -68,12 +68,13 @@ __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], uint32_t a0, uint32_
 }
 
 // A dot product does not care about the order of channels. Lane (g, t) loads channels 32 c + 8 t .. + 7 of its row:
-// four pairs, which serve as the A (or B) registers of two products of 16 channels each.
+// four pairs, which serve as the A (or B) registers of two products of 16 channels each. They add to sums of their own:
+// a product waits for the one before it in the same sum.
 template <class T>
-__device__ __forceinline__ void multiply_32_channels(float (&c)[4], const uint4& row_g, const uint4& row_g8,
+__device__ __forceinline__ void multiply_32_channels(float (&c)[2][4], const uint4& row_g, const uint4& row_g8,
                                                      const uint4& column) {
-    mma_m16n8k16<T>(c, row_g.x, row_g8.x, row_g.y, row_g8.y, column.x, column.y);
-    mma_m16n8k16<T>(c, row_g.z, row_g8.z, row_g.w, row_g8.w, column.z, column.w);
+    mma_m16n8k16<T>(c[0], row_g.x, row_g8.x, row_g.y, row_g8.y, column.x, column.y);
+    mma_m16n8k16<T>(c[1], row_g.z, row_g8.z, row_g.w, row_g8.w, column.z, column.w);
 }
 
 // Transposes an 8x8 matrix of 16-bit elements spread over a warp, a pair a lane.

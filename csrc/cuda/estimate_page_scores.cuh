@@ -27,11 +27,17 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock) estimate_page_scores_ke
     };
     for (int first = (blockIdx.x * kWarpsPerBlock + warp) * kTileTokens; first < last;
          first += gridDim.x * kWarpsPerBlock * kTileTokens) {
+        if (first >= num_pages) {  // nothing to read
+            for (int head = lane / kTileTokens; head < (by_query_head ? group : 1); head += 2)
+                store(by_query_head ? p.num_q_heads : p.num_kv_heads, by_query_head ? kv_head * group + head : kv_head,
+                      first + lane % kTileTokens, -INFINITY);
+            continue;
+        }
         PagePlace places[2];
 #pragma unroll
         for (int half_tile = 0; half_tile < 2; ++half_tile) {
-            const int page = first + g + 8 * half_tile;
-            places[half_tile] = {page < num_pages ? table.block(page) : -1, table.part(page)};
+            const int page = min(first + g + 8 * half_tile, num_pages - 1);
+            places[half_tile] = {table.block(page), table.part(page)};
         }
         PageTile<T, D> tile;
         tile.load(metadata, p.metadata.block_stride, places);
@@ -39,7 +45,7 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock) estimate_page_scores_ke
         for (int first_head = 0; first_head < group; first_head += 8) {
             uint4 query[D / 32];
             load_query<T, D>(query, row_of<T>(p.query, row, kv_head * group + min(first_head + g, group - 1)));
-            float c[4] = {};
+            float c[4];
             tile.multiply(c, query);
             reducer.include(c, first_head, group);
 #pragma unroll

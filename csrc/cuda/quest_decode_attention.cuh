@@ -135,12 +135,13 @@ __global__ void __launch_bounds__(kTeamThreads, D <= 128 ? 2 : 1)
         uint32_t best_key = 0;
         int best_page = 0;
         for (; first < num_pages; first += step) {
-            const PagePlace places[2] = {{first + g < num_pages ? blocks[0] : -1, table.part(first + g)},
-                                         {first + g + 8 < num_pages ? blocks[1] : -1, table.part(first + g + 8)}};
+            const int page0 = first + g, page1 = page0 + 8;
+            const PagePlace places[2] = {{page0 < num_pages ? blocks[0] : 0, table.part(page0)},
+                                         {page1 < num_pages ? blocks[1] : 0, table.part(page1)}};
             PageTile<T, D> tile;
             tile.load(metadata, p.metadata.block_stride, places);
             blocks[0] = block_of(first + step + g), blocks[1] = block_of(first + step + g + 8);
-            float c[4] = {};
+            float c[4];
             tile.multiply(c, query);
             HeadReducer reducer;
             reducer.include(c, 0, group);

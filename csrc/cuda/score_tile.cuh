@@ -18,7 +18,8 @@ __device__ __forceinline__ uint32_t negative_part(uint32_t x) {
     return bits_as<uint32_t>(__hmin2_nan(bits_as<Pair>(x), bits_as<Pair>(0u)));
 }
 
-// Where a page's bounds lie; block -1: it does not exist.
+// Where a page's bounds lie. A tile's last pages may not exist: they take another page's place, and their scores count
+// for nothing.
 struct PagePlace {
     int block, part;
 };
@@ -29,18 +30,17 @@ struct PageTile {
     static constexpr int kChunks = D / 32;
     uint4 lo[2][kChunks], hi[2][kChunks];
 
-    // `metadata`: of the KV head, in block 0. A page that does not exist reads as zeros.
+    // `metadata`: of the KV head, in block 0.
     __device__ __forceinline__ void load(const T* metadata, int64_t block_stride, const PagePlace (&places)[2]) {
         const int t = threadIdx.x % 4;
 #pragma unroll
         for (int half_tile = 0; half_tile < 2; ++half_tile) {
-            const bool exists = places[half_tile].block >= 0;
             const T* bounds =
                 metadata + places[half_tile].block * block_stride + places[half_tile].part * (2 * D) + 8 * t;
 #pragma unroll
             for (int c = 0; c < kChunks; ++c) {
-                lo[half_tile][c] = exists ? load_streaming(bounds + 32 * c) : uint4{};
-                hi[half_tile][c] = exists ? load_streaming(bounds + D + 32 * c) : uint4{};
+                lo[half_tile][c] = load_streaming(bounds + 32 * c);
+                hi[half_tile][c] = load_streaming(bounds + D + 32 * c);
             }
         }
     }
@@ -48,6 +48,7 @@ struct PageTile {
     // c: pages g, g + 8 (rows) against heads 2 t, 2 t + 1 (columns) of eight; `query`: channels 32 c + 8 t .. of head
     // g, for each c.
     __device__ __forceinline__ void multiply(float (&c)[4], const uint4 (&query)[kChunks]) const {
+        float above[2][4] = {}, below[2][4] = {};
 #pragma unroll
         for (int chunk = 0; chunk < kChunks; ++chunk) {
             const uint4 q = query[chunk];
@@ -55,9 +56,11 @@ struct PageTile {
                               positive_part<T>(q.w)};
             const uint4 q_neg{negative_part<T>(q.x), negative_part<T>(q.y), negative_part<T>(q.z),
                               negative_part<T>(q.w)};
-            multiply_32_channels<T>(c, hi[0][chunk], hi[1][chunk], q_pos);
-            multiply_32_channels<T>(c, lo[0][chunk], lo[1][chunk], q_neg);
+            multiply_32_channels<T>(above, hi[0][chunk], hi[1][chunk], q_pos);
+            multiply_32_channels<T>(below, lo[0][chunk], lo[1][chunk], q_neg);
         }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) c[i] = (above[0][i] + above[1][i]) + (below[0][i] + below[1][i]);
     }
 };
 
