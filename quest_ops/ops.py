@@ -24,7 +24,11 @@ import os
 import torch
 from torch import Tensor
 
+from quest_ops.config import PAGE_SIZES
+
 _ops = torch.ops.quest_ops
+
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 WORKSPACE_BYTES = 8 << 20  # of `quest_decode_attention`'s workspace: enough for any call
 
@@ -47,13 +51,9 @@ def append_paged_kv(
     Raises:
         RuntimeError: as above, and for a slot past the cache (on a GPU: with `QUEST_OPS_CHECK=1`).
     """
-    if _checking():
-        _check_values(
-            "slot_mapping",
-            slot_mapping,
-            slot_mapping < k_cache.size(0) * k_cache.size(1),
-            f"slots below {k_cache.size(0) * k_cache.size(1)}",
-        )
+    if _checking() and _has_values(slot_mapping, (1,), torch.int64) and _has_values(k_cache, (4,)):
+        slots = k_cache.size(0) * k_cache.size(1)
+        _check_values("slot_mapping", slot_mapping, slot_mapping < slots, f"slots below {slots}")
     _ops.append_paged_kv(key, value, k_cache, v_cache, page_metadata, slot_mapping)
 
 
@@ -71,7 +71,7 @@ def update_page_metadata(
     Raises:
         RuntimeError: as above, and for a block number past the cache (on a GPU: with `QUEST_OPS_CHECK=1`).
     """
-    if _checking():
+    if _checking() and _has_values(k_cache, (4,)):
         _check_block_table(block_table, seq_lens, k_cache.size(1), k_cache.size(0))
     _ops.update_page_metadata(k_cache, page_metadata, block_table, seq_lens, start_lens)
 
@@ -92,7 +92,7 @@ def estimate_page_scores(
     Raises:
         RuntimeError: as above, and for a block number past the cache (on a GPU: with `QUEST_OPS_CHECK=1`).
     """
-    if _checking():
+    if _checking() and _has_values(page_metadata, (4, 5)) and page_size in PAGE_SIZES:
         parts = page_metadata.size(2) if page_metadata.dim() == 5 else 1
         _check_block_table(block_table, seq_lens, page_size * parts, page_metadata.size(0))
     return _ops.estimate_page_scores(query, page_metadata, block_table, seq_lens, page_size, head_reduction)
@@ -165,11 +165,12 @@ def sparse_decode_attention(
         RuntimeError: as above, for a block number past the cache (on a GPU: with `QUEST_OPS_CHECK=1`), and with
             `QUEST_OPS_CHECK=1` for page ids out of range or not ascending.
     """
-    if _checking():
-        size = page_size or k_cache.size(1)
+    _check_scale(sm_scale)
+    if _checking() and _has_values(k_cache, (4,)):
         _check_block_table(block_table, seq_lens, k_cache.size(1), k_cache.size(0))
-        if page_ids is not None:
-            _check_page_ids(page_ids, page_counts, seq_lens, size)
+        size = k_cache.size(1) if page_size is None else page_size
+        if _has_values(block_table, (2,)) and size in PAGE_SIZES:
+            _check_page_ids(page_ids, page_counts, seq_lens, size, block_table.size(1) * k_cache.size(1))
     arguments = (query, k_cache, v_cache, block_table, seq_lens, page_ids, page_counts)
     if out is None and lse is None:
         return _ops.sparse_decode_attention(*arguments, page_size=page_size, sm_scale=sm_scale)
@@ -206,7 +207,8 @@ def quest_decode_attention(
     call, left as zeros; calls that may run at the same time need one each. None: fresh scratch, cleared by a launch of
     its own (about 1 us).
     """
-    if _checking():
+    _check_scale(sm_scale)
+    if _checking() and _has_values(k_cache, (4,)):
         _check_block_table(block_table, seq_lens, k_cache.size(1), k_cache.size(0))
     arguments = (
         query,
@@ -239,8 +241,23 @@ def _both_outputs(query: Tensor, out: Tensor | None, lse: Tensor | None) -> tupl
     return out, lse
 
 
+def _check_scale(sm_scale: float | None) -> None:
+    if isinstance(sm_scale, float) and not abs(sm_scale) <= FLOAT32_MAX:  # so written, it finds NaN too
+        raise RuntimeError(f"quest_ops: sm_scale must be None or a finite float32 number, got {sm_scale}")
+
+
 def _checking() -> bool:
     return os.environ.get("QUEST_OPS_CHECK") == "1" and not torch.compiler.is_compiling()
+
+
+def _has_values(tensor: Tensor, ranks: tuple[int, ...], dtype: torch.dtype | None = None) -> bool:
+    """Whether values can be looked at; where not, the op itself says what is wrong with the argument."""
+    return (
+        isinstance(tensor, Tensor)
+        and tensor.dim() in ranks
+        and dtype in (None, tensor.dtype)
+        and tensor.device.type in ("cpu", "cuda")
+    )
 
 
 def _check_values(name: str, values: Tensor, good: Tensor, supported: str) -> None:
@@ -250,16 +267,32 @@ def _check_values(name: str, values: Tensor, good: Tensor, supported: str) -> No
 
 
 def _check_block_table(block_table: Tensor, seq_lens: Tensor, block_size: int, num_blocks: int) -> None:
-    longest = seq_lens.view(block_table.size(0), -1).amax(1, keepdim=True)
+    if not (_has_values(block_table, (2,), torch.int32) and _has_values(seq_lens, (1,), torch.int32)):
+        return
+    requests = block_table.size(0)
+    if block_table.device != seq_lens.device or not requests or not seq_lens.numel() or seq_lens.numel() % requests:
+        return
+    longest = seq_lens.view(requests, -1).amax(1, keepdim=True)
     used = torch.arange(block_table.size(1), device=block_table.device) * block_size < longest
     good = ~used | ((block_table >= 0) & (block_table < num_blocks))
     _check_values("block_table", block_table, good, f"blocks 0..{num_blocks - 1} wherever seq_lens reach")
 
 
-def _check_page_ids(page_ids: Tensor, page_counts: Tensor | None, seq_lens: Tensor, page_size: int) -> None:
-    pages = ((seq_lens.clamp(min=0) + page_size - 1) // page_size)[:, None, None]
+def _check_page_ids(
+    page_ids: Tensor, page_counts: Tensor | None, seq_lens: Tensor, page_size: int, table_tokens: int
+) -> None:
+    if not (_has_values(page_ids, (3,), torch.int32) and _has_values(seq_lens, (1,), torch.int32)):
+        return
+    if page_ids.device != seq_lens.device or page_ids.size(0) != seq_lens.size(0):
+        return
+    if page_counts is None:
+        counts = (page_ids >= 0).cumprod(2).sum(2)
+    elif not _has_values(page_counts, (2,), torch.int32) or page_counts.shape != page_ids.shape[:2]:
+        return
+    else:
+        counts = page_counts
+    pages = ((seq_lens.long().clamp(0, table_tokens) + page_size - 1) // page_size)[:, None, None]
     place = torch.arange(page_ids.size(2), device=page_ids.device)
-    counts = (page_ids >= 0).cumprod(2).sum(2) if page_counts is None else page_counts
     listed = place < counts[..., None]
     in_range = (page_ids >= 0) & (page_ids < pages)
     _check_values("page_ids", page_ids, ~listed | in_range, "pages of the row, 0..ceil(seq_len / page_size) - 1")
@@ -267,24 +300,43 @@ def _check_page_ids(page_ids: Tensor, page_counts: Tensor | None, seq_lens: Tens
     _check_values("page_ids", page_ids, ~listed | ascending, "ascending pages")
 
 
-@torch.library.register_fake("quest_ops::append_paged_kv")
+def _fake(op: str):
+    """Registers a fake. torch also calls it for real tensors where one of them is a meta tensor: that is an error."""
+    names = [argument.name for argument in getattr(_ops, op).default._schema.arguments]
+
+    def register(fake):
+        def checked(*inputs, **options):
+            given = dict(zip(names, inputs, strict=False)) | options
+            (first, device), *others = ((name, x.device) for name, x in given.items() if isinstance(x, Tensor))
+            for name, other in others:
+                if other != device:
+                    raise RuntimeError(f"quest_ops: {name} is on {other}, but {first} is on {device}")
+            return fake(*inputs, **options)
+
+        torch.library.register_fake(f"quest_ops::{op}", checked)
+        return fake
+
+    return register
+
+
+@_fake("append_paged_kv")
 def _(key, value, k_cache, v_cache, page_metadata, slot_mapping):
     return None
 
 
-@torch.library.register_fake("quest_ops::update_page_metadata")
+@_fake("update_page_metadata")
 def _(k_cache, page_metadata, block_table, seq_lens, start_lens):
     return None
 
 
-@torch.library.register_fake("quest_ops::estimate_page_scores")
+@_fake("estimate_page_scores")
 def _(query, page_metadata, block_table, seq_lens, page_size, head_reduction):
     parts = page_metadata.size(2) if page_metadata.dim() == 5 else 1
     heads = query.size(1) if head_reduction == "none" else page_metadata.size(1)
     return query.new_empty((query.size(0), heads, block_table.size(1) * parts), dtype=torch.float32)
 
 
-@torch.library.register_fake("quest_ops::select_topk_pages")
+@_fake("select_topk_pages")
 def _(scores, seq_lens, page_size, page_budget, sink_pages, recent_pages, *, page_budgets=None):
     rows, heads, _ = scores.shape
     return scores.new_empty((rows, heads, page_budget), dtype=torch.int32), scores.new_empty(
@@ -292,13 +344,13 @@ def _(scores, seq_lens, page_size, page_budget, sink_pages, recent_pages, *, pag
     )
 
 
-@torch.library.register_fake("quest_ops::sparse_decode_attention")
-@torch.library.register_fake("quest_ops::quest_decode_attention")
+@_fake("sparse_decode_attention")
+@_fake("quest_decode_attention")
 def _(query, *inputs, **options):
     return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=torch.float32)
 
 
-@torch.library.register_fake("quest_ops::sparse_decode_attention_out")
-@torch.library.register_fake("quest_ops::quest_decode_attention_out")
+@_fake("sparse_decode_attention_out")
+@_fake("quest_decode_attention_out")
 def _(*inputs, **outputs):
     return None
