@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -70,8 +68,13 @@ class QuestAttention:
             )
         if any(layer >= cache.num_layers for layer in config.dense_layers):
             raise ValueError(f"config.dense_layers is {config.dense_layers}, the cache has {cache.num_layers} layers")
-        if sm_scale is not None and not (isinstance(sm_scale, (int, float)) and 0 < sm_scale < math.inf):
-            raise ValueError(f"sm_scale must be None or a positive number, got {sm_scale!r}")
+        if sm_scale is not None and not (isinstance(sm_scale, (int, float)) and 0 < sm_scale <= ops.FLOAT32_MAX):
+            raise ValueError(f"sm_scale must be None or a positive float32 number, got {sm_scale!r}")
+        max_blocks = -(-max_sequence_tokens // cache.block_size)
+        if max_blocks * cache.block_size >= 2**31:
+            raise ValueError(
+                f"max_sequence_tokens must fit int32 in blocks of {cache.block_size}, got {max_sequence_tokens}"
+            )
         self.config = config
         self.cache = cache
         self.backend = backend
@@ -89,7 +92,6 @@ class QuestAttention:
 
             self._flashinfer = FlashInferDecode(cache, num_query_heads, max_sequence_tokens, self.sm_scale)
 
-        max_blocks = -(-max_sequence_tokens // cache.block_size)
         self.block_table = torch.zeros(max_batch_size, max_blocks, dtype=torch.int32, device=cache.device)
         on_cpu = cache.device.type == "cpu"
         self._host_table = self.block_table if on_cpu else torch.zeros_like(self.block_table, device="cpu")
@@ -150,7 +152,10 @@ class QuestAttention:
 
         query [N, Hq, D], key and value [N, Hkv, D], after RoPE, in the cache's dtype and on its device; N and the order
         of the rows as planned. Returns [N, Hq, D]. The keys and values of an empty slot are ignored, its output is
-        zero.
+        zero. Call it before the planned sequences are rolled back, forked or freed: the step's slots are theirs.
+
+        Raises RuntimeError before the first plan, TypeError, ValueError or RuntimeError for other inputs than these;
+        then nothing has been written.
         """
         self._check_inputs(layer, query, key, value)
         cache, config = self.cache, self.config
@@ -209,18 +214,23 @@ class QuestAttention:
     def _check_inputs(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
         if self.step_kind is None:
             raise RuntimeError("run was called before plan: there is no step to run")
-        if not 0 <= layer < self.cache.num_layers:
+        if check_int("layer", layer, 0) >= self.cache.num_layers:
             raise ValueError(f"layer must be 0 to {self.cache.num_layers - 1}, got {layer}")
-        if query.shape != self._query_shape:
-            raise ValueError(f"query must be {list(self._query_shape)} as planned, got {list(query.shape)}")
-        if key.shape != self._key_shape or value.shape != self._key_shape:
+        dtype, device = self.cache.dtype, self.cache.device
+        shapes = (self._query_shape, self._key_shape, self._key_shape)
+        for name, x, shape in zip(("query", "key", "value"), (query, key, value), shapes, strict=True):
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+            if x.shape != shape:
+                raise ValueError(f"{name} must be {list(shape)} as planned, got {list(x.shape)}")
+            if x.dtype != dtype or x.device != device:
+                raise ValueError(f"{name} must be {dtype} on {device} as the cache, got {x.dtype} on {x.device}")
+        # The ops say so too: of key and value before they write them, of query when they have.
+        places = [stride for size, stride in zip(query.shape, query.stride()[:2], strict=False) if size > 1]
+        if query.stride(2) != 1 or any(x * dtype.itemsize % 16 for x in (*places, query.storage_offset())):
             raise ValueError(
-                f"key and value must be {list(self._key_shape)} as planned, got {list(key.shape)}, {list(value.shape)}"
-            )
-        if query.dtype != self.cache.dtype or query.device != self.cache.device:
-            raise ValueError(
-                f"query must be {self.cache.dtype} on {self.cache.device} as the cache, "
-                f"got {query.dtype} on {query.device}"
+                "query must be contiguous in its last dimension and have rows aligned to 16 bytes, "
+                f"got strides {list(query.stride())} at offset {query.storage_offset()}"
             )
 
     def _slices(self, buffer: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 from pathlib import Path
 
@@ -90,11 +92,21 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command. Returns its exit code: 2 after an error, which is one line on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a model writes any character, whatever the locale
     args = build_parser().parse_args(argv)
     try:
-        return args.run(args)
+        code = args.run(args)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # the reader of stdout, such as `head`, has enough
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # for the flush at exit
+        return 141  # as of a process that SIGPIPE ended
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"quest-ops {args.command}: error: {message}", file=sys.stderr)
@@ -133,12 +145,16 @@ def run_generate(args: argparse.Namespace) -> int:
     from quest_ops.config import QuestConfig
     from quest_ops.llama.generate import Generator
     from quest_ops.llama.model import Llama
+    from quest_ops.llama.sampling import check_sampling
     from quest_ops.progress import ProgressBars
 
     quest = QuestConfig(token_budget=args.token_budget)
     text = args.prompt
     if text is None:
-        text = sys.stdin.read() if args.prompt_file == "-" else read_text(Path(args.prompt_file))
+        text = read_stdin() if args.prompt_file == "-" else read_text(Path(args.prompt_file))
+    if args.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
+    check_sampling(args.temperature, args.top_p, args.seed)
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     with ProgressBars() as bars:
         model, tokenizer = Llama.load(
@@ -151,8 +167,6 @@ def run_generate(args: argparse.Namespace) -> int:
         positions = model.config.max_position_embeddings
         if not 1 <= len(prompt) <= positions:
             raise ValueError(f"the prompt has {len(prompt)} tokens; this model takes 1 to {positions}")
-        if args.max_new_tokens < 1:
-            raise ValueError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
         generator = Generator(
             model,
             attention=args.attention,
@@ -193,6 +207,16 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def read_stdin() -> str:
+    if sys.stdin is None:
+        raise ValueError("--prompt-file -: stdin is closed")
+    sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # whatever the locale
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"stdin is not UTF-8 text: {error}") from error
 
 
 def choose_device(name: str) -> str:

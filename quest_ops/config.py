@@ -51,6 +51,8 @@ class QuestConfig:
         if self.page_size not in PAGE_SIZES:
             raise ValueError(f"page_size must be one of {PAGE_SIZES}, got {self.page_size}")
         check_int("token_budget", self.token_budget, 1)
+        if self.token_budget >= 2**31:
+            raise ValueError(f"token_budget must fit int32, got {self.token_budget}")
         check_int("sink_tokens", self.sink_tokens, 0)
         check_int("recent_tokens", self.recent_tokens, 1)
         if self.dense_below is not None:

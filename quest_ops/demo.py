@@ -199,7 +199,8 @@ def draw_pages(path: Path, generation: Generation, prompt: Prompt, quest: QuestC
 def run(*, tokens: int, token_budget: int, text: str, new_tokens: int, device: str, out: Path) -> None:
     """The `quest-ops demo` command: prints the table, and writes the picture to `out`.
 
-    Raises ValueError for sizes that do not fit the model, RuntimeError where SmolLM2 cannot be fetched.
+    Raises ValueError for sizes that do not fit the model, FileNotFoundError where the folder of `out` is not there,
+    RuntimeError where SmolLM2 cannot be fetched.
     """
     from rich.console import Console
     from rich.table import Table
@@ -210,6 +211,8 @@ def run(*, tokens: int, token_budget: int, text: str, new_tokens: int, device: s
     quest = QuestConfig(token_budget=token_budget)
     if new_tokens < MIN_NEW_TOKENS:
         raise ValueError(f"--new-tokens must be at least {MIN_NEW_TOKENS}, got {new_tokens}")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}")
     with ProgressBars() as bars:
         path = fetch_smollm2(bars.bytes("fetching SmolLM2-135M-Instruct"))
         model, tokenizer = Llama.load(path, device=device, progress=bars.bytes("reading its weights"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 MAX_MASK_ELEMENTS = 1 << 22  # 16 MiB of float32: queries beyond it go in pieces
 
@@ -29,6 +28,8 @@ def causal_attention(query: Tensor, keys: Tensor, values: Tensor, sm_scale: floa
     query = query.unflatten(1, (kv_heads, heads // kv_heads))
     if rows == 1:  # nothing is masked: the heads of a group can be the rows of one product, so K is read once
         return F.scaled_dot_product_attention(query, keys[None], values[None], scale=sm_scale).flatten(1, 2)
+
+    from torch.nn.attention.bias import causal_lower_right  # imports torch._dynamo, a second that a prefill can afford
 
     query = query.permute(1, 2, 0, 3)  # [Hkv, G, n, D]
     keys = keys[:, None].expand(-1, heads // kv_heads, -1, -1)

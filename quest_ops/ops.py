@@ -154,8 +154,8 @@ def sparse_decode_attention(
             last page is attended whether listed or not, so a selection may be reused over steps.
         page_counts: `[R, Hi]` int32; None: up to the first -1.
         page_size: tokens a page; None: the block size `S`.
-        sm_scale: factor of `q . k`; None: `1 / sqrt(D)`.
-        out, lse: written instead of fresh tensors.
+        sm_scale: finite factor of `q . k`; None: `1 / sqrt(D)`.
+        out, lse: written instead of fresh tensors; they must not share memory with each other or with an input.
 
     Returns:
         out `[R, Hq, D]` of query's dtype, lse `[R, Hq]` float32: natural log of the sum of `exp(sm_scale * q . k)`, as

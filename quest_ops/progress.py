@@ -9,7 +9,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 
 class ProgressBars:
-    """A context in which bars are shown. At its end they vanish, or, where stderr is no terminal, are printed once."""
+    """A context in which bars are shown. At its end they vanish, or, where stderr is no terminal, are printed once.
+
+    After an error they vanish in either case: it is told in one line."""
 
     def __init__(self):
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -19,7 +21,10 @@ class ProgressBars:
     def __enter__(self) -> ProgressBars:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, error_type, *_) -> None:
+        if error_type is not None:
+            self._progress.live.transient = True
+            self._progress.live.stop()
         self.stop()
 
     def stop(self) -> None:

@@ -253,6 +253,22 @@ def test_an_unsupported_head_dim_is_named(device, op):
     assert_rejected(op, arguments, "head_dim.*96|96.*head_dim")
 
 
+@pytest.mark.parametrize("op", ["attend", "quest"])
+@pytest.mark.parametrize("sm_scale", [float("nan"), float("inf"), -float("inf"), 1e39])
+def test_a_scale_that_is_no_float32_number_is_named(device, op, sm_scale):
+    assert_rejected(op, good_arguments(op, device) | {"sm_scale": sm_scale}, "sm_scale")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_meta_tensor_among_others_is_named(device, op):
+    """torch would call the fake, which writes nothing and returns what was never computed."""
+    arguments = good_arguments(op, device)
+    for name, x in arguments.items():
+        if isinstance(x, torch.Tensor):
+            with pytest.raises(RuntimeError, match=f"{name} is on|but {name} is on"):
+                OPS[op](**arguments | {name: x.to("meta")})
+
+
 def test_page_counts_need_page_ids(device):
     assert_rejected("attend", good_arguments("attend", device) | {"page_ids": None}, "page_counts")
 
@@ -283,6 +299,20 @@ def test_wrong_blocks_and_slots_are_found_when_asked_for(device, monkeypatch):
     arguments = good_arguments("append", device)
     arguments["slot_mapping"][3] = SHAPE.num_blocks * SHAPE.block_size
     assert_rejected("append", arguments, "slot_mapping")
+
+
+@pytest.mark.parametrize("op, name, change", WRONG, ids=lambda x: x if isinstance(x, str) else x.__name__)
+def test_looking_at_values_leaves_wrong_tensors_to_the_op(device, monkeypatch, op, name, change):
+    monkeypatch.setenv("QUEST_OPS_CHECK", "1")
+    test_a_wrong_tensor_is_named(device, op, name, change)
+
+
+def test_lengths_past_the_table_are_clamped_when_values_are_looked_at(device, monkeypatch):
+    monkeypatch.setenv("QUEST_OPS_CHECK", "1")
+    arguments = good_arguments("attend", device)
+    arguments["seq_lens"][0] = 2**31 - 1
+    arguments["block_table"][0] = 0
+    OPS["attend"](**arguments)
 
 
 @pytest.mark.gpu

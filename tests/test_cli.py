@@ -205,6 +205,41 @@ def test_stdin_is_a_prompt_and_only_text_comes_out(folder):
     assert "ms a token" in done.stderr and "ms a token" not in done.stdout
 
 
+def test_a_locale_does_not_change_what_is_read_nor_stop_what_is_written(folder):
+    arguments = ("generate", "--model", folder, *GENERATE)
+    given = run(*arguments, "--prompt", "caf\u00e9")
+    piped = run(*arguments, "--prompt-file", "-", stdin="caf\u00e9", PYTHONIOENCODING="ascii")
+    assert piped.returncode == 0, piped.stderr
+    assert piped.stdout == re.sub(r"[^\x00-\x7f]", "?", given.stdout)
+
+
+def test_stdin_that_is_no_text_is_one_error(folder):
+    command = [sys.executable, "-m", "quest_ops.cli", "generate", "--model", str(folder), "--prompt-file", "-"]
+    done = subprocess.run(command, input=b"a\xff", capture_output=True)
+    assert done.returncode == 2 and b"stdin is not UTF-8 text" in done.stderr and done.stderr.count(b"\n") == 1
+
+
+def test_a_reader_that_has_enough_ends_it_quietly(folder):
+    command = [sys.executable, "-m", "quest_ops.cli", "generate", "--model", str(folder), *map(str, GENERATE)]
+    writer = subprocess.Popen([*command, "--prompt", "A"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    writer.stdout.close()
+    with writer.stderr:
+        assert b"error" not in writer.stderr.read().lower()
+    assert writer.wait() == 141
+
+
+@pytest.mark.parametrize("when", ["prefill", "decode"])
+def test_ctrl_c_ends_it_without_a_traceback(folder, when, monkeypatch, capsys):
+    from quest_ops.llama.generate import Generator
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Generator, f"_{when}", interrupt)
+    code, _, error = generate(capsys, folder, "--prompt", "A")
+    assert code == 130 and "error" not in error
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -214,6 +249,7 @@ def test_stdin_is_a_prompt_and_only_text_comes_out(folder):
         (("--prompt", "A", "--max-new-tokens", 0), "--max-new-tokens must be at least 1, got 0"),
         (("--prompt", "A", "--temperature", -1), "temperature must be"),
         (("--prompt", "A", "--top-p", 0), "top_p must be"),
+        (("--prompt", "A", "--seed", 2**64), "seed must be below"),
         (("--prompt", "A", "--device", "tpu"), "--device must be"),
         (("--prompt", "A", "--device", "cuda:99"), "torch sees .* CUDA devices"),
         (("--prompt", "A", "--chat"), "no chat template"),
@@ -226,7 +262,7 @@ def test_generate_errors_are_one_line(folder, capsys, arguments, message):
     code, out, error = generate(capsys, folder, *arguments)
     lines = [line for line in error.splitlines() if "error:" in line]
     assert code == 2 and out == "" and len(lines) == 1
-    assert re.search(message, lines[0]) and error.splitlines()[-1] == lines[0]
+    assert re.search(message, lines[0]) and error.splitlines() == lines
 
 
 def test_an_error_has_no_traceback(tmp_path):
@@ -276,6 +312,7 @@ def test_the_demos_answer(smollm2, tmp_path, capsys):
         (("--token-budget", 32), "token_budget 32"),
         (("--new-tokens", 3), "--new-tokens must be at least"),
         (("--text", "no/such/file"), "No such file"),
+        (("--out", "no/such/folder.png"), "there is no folder no/such"),
         (("--text", "short.txt"), "the text has 2 tokens; --tokens 4000 needs"),
     ],
 )

@@ -52,6 +52,7 @@ def test_a_config_is_frozen_and_hashable():
         ({"token_budget": 0}, ValueError, "token_budget"),
         ({"token_budget": 512.0}, TypeError, "token_budget"),
         ({"token_budget": True}, TypeError, "token_budget"),
+        ({"token_budget": 2**31}, ValueError, "token_budget.*int32"),
         ({"sink_tokens": -1}, ValueError, "sink_tokens.*-1"),
         ({"recent_tokens": 0}, ValueError, "recent_tokens.*0"),
         ({"dense_below": -1}, ValueError, "dense_below.*-1"),

@@ -182,6 +182,16 @@ def test_a_seed_reproduces_and_another_does_not(model):
     assert run(1, top_p=1e-6) == [result.tokens for result in greedy]
 
 
+@pytest.mark.parametrize("others", [(10,), (200,), (5, 150)])
+def test_a_sample_does_not_depend_on_the_company(model, others):
+    """With as many steps of prefill as the others need, and however they are shared out."""
+    generator = make(model, prefill_chunk=32)
+    settings = {"temperature": 1.5, "seed": 5, "stop_tokens": ()}
+    first, *rest = random_prompts(60, *others)
+    alone = generator.generate([first], 12, **settings)[0]
+    assert generator.generate([first, *rest], 12, **settings)[0].tokens == alone.tokens
+
+
 def test_samples_have_the_probabilities_asked_for():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -9.0])
     rows, draws = 500, 40
@@ -288,11 +298,19 @@ def test_bad_requests_are_refused_before_anything_runs(model, monkeypatch):
         ([prompt], {"temperature": float("nan")}, "temperature"),
         ([prompt], {"temperature": 1.0, "top_p": 0.0}, "top_p"),
         ([prompt], {"temperature": 1.0, "top_p": 1.1}, "top_p"),
+        ([prompt], {"seed": 2**64}, "seed must be below"),
         ([prompt], {"max_new_tokens": 0}, "max_new_tokens"),
     ]:
         with pytest.raises(ValueError, match=message):
             generator.generate(prompts, **{"max_new_tokens": 4, **settings})
-    for prompts in (["some text"], prompt, [[1.0, 2.0]], [torch.tensor(prompt)]):
+    for settings, message in [
+        ({"seed": 1.5}, "seed must be an int"),
+        ({"stop_tokens": 7}, "stop_tokens must be"),
+        ({"stop_tokens": ["</s>"]}, "stop_tokens must be"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            generator.generate([prompt], 4, **settings)
+    for prompts in (None, 5, ["some text"], prompt, [[1.0, 2.0]], [torch.tensor(prompt)]):
         with pytest.raises((TypeError, ValueError), match="prompts"):
             generator.generate(prompts, 4)
     assert generator.cache.free_blocks == generator.cache.num_blocks
@@ -307,6 +325,10 @@ def test_bad_generators_are_refused(model):
         make(model, prefill_chunk=0)
     with pytest.raises(ValueError, match="backend"):
         make(model, attention="sparse")
+    with pytest.raises(TypeError, match="quest must be a QuestConfig"):
+        make(model, quest="paper")
+    with pytest.raises(TypeError, match="model must be a Llama"):
+        make("smollm2")
 
 
 @pytest.fixture(scope="module")

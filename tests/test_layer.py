@@ -313,11 +313,19 @@ def test_run_names_what_is_wrong_and_writes_nothing():
         (-1, rows, "layer"),
         (0, (query[:1], key, value), r"query must be \[2, 6, 64\] as planned, got \[1, 6, 64\]"),
         (0, (query[:, :2], key, value), "query must be"),
-        (0, (query, key[:1], value), r"key and value must be \[2, 2, 64\]"),
-        (0, (query, key, value[:, :1]), "key and value must be"),
+        (0, (query, key[:1], value), r"key must be \[2, 2, 64\]"),
+        (0, (query, key, value[:, :1]), "value must be"),
         (0, (query.float(), key, value), "query must be torch.float16 on cpu.*torch.float32"),
+        (0, (query, key, value.bfloat16()), "value must be torch.float16 on cpu.*torch.bfloat16"),
+        (0, (query, key.to("meta"), value), "key must be torch.float16 on cpu.*meta"),
+        (0, (query.mT.contiguous().mT, key, value), r"query must be contiguous.*strides \[384, 1, 6\]"),
+        (0, (torch.zeros(2, 6, 68).half()[..., :64], key, value), "query must .* aligned to 16 bytes"),
+        (0, (torch.zeros(769).half()[1:].view(2, 6, 64), key, value), "query must .* offset 1"),
+        (0, (query, None, value), "key must be a tensor, got NoneType"),
+        (0, (query.float().numpy(), key, value), "query must be a tensor, got ndarray"),
+        ("0", rows, "layer must be an int, got '0'"),
     ]:
-        with pytest.raises(ValueError, match=named):
+        with pytest.raises((ValueError, TypeError), match=named):
             attention.run(layer, *inputs)
         assert cache.pool.isnan().all()
 
@@ -334,6 +342,8 @@ def test_run_names_what_is_wrong_and_writes_nothing():
         ({"max_sequence_tokens": 1e6}, TypeError, "max_sequence_tokens"),
         ({"sm_scale": -1.0}, ValueError, "sm_scale.*-1.0"),
         ({"sm_scale": float("nan")}, ValueError, "sm_scale.*nan"),
+        ({"sm_scale": 1e39}, ValueError, "sm_scale.*1e.39"),
+        ({"max_sequence_tokens": 2**31 - 7}, ValueError, "max_sequence_tokens.*int32"),
         (
             {"config": make_config(page_size=16, token_budget=512)},
             ValueError,

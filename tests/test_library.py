@@ -81,6 +81,17 @@ def test_the_package_works_without_the_pybind_module():
     assert run_python(code).strip() == "2"
 
 
+def test_importing_the_package_leaves_the_compiler_of_torch_out():
+    """torch._dynamo and what it imports take over a second."""
+    code = """
+        import sys, torch
+        before = "torch._dynamo" in sys.modules
+        import quest_ops
+        print(before == ("torch._dynamo" in sys.modules))
+    """
+    assert run_python(code).strip() == "True"
+
+
 def test_twins_need_torch_alone():
     code = f"""
         import importlib.util, sys

@@ -100,6 +100,29 @@ def test_folder_loads_every_tensor_as_saved(tmp_path, family, shard_size):
         assert config.eos_token_ids == checkpoint.tokenizer.eos_token_ids == (2, 5)
 
 
+def test_end_tokens_of_the_generation_config_win(llama_folder):
+    (llama_folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8]}))
+    checkpoint = load_checkpoint(llama_folder)
+    assert checkpoint.config.eos_token_ids == checkpoint.tokenizer.eos_token_ids == (7, 8)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("generation_config.json", {"eos_token_id": "</s>"}),
+        ("tokenizer_config.json", {"bos_token": 5}),
+        ("tokenizer_config.json", {"chat_template": 5}),
+        ("model.safetensors.index.json", {"weight_map": {"a": 5}}),
+    ],
+)
+def test_values_of_another_type_are_named(llama_folder, file, content):
+    (llama_folder / file).write_text(json.dumps(content))
+    if "index" in file:
+        (llama_folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=next(iter(content))):
+        load_checkpoint(llama_folder)
+
+
 def test_dtype_is_the_stored_one_unless_asked(tmp_path):
     model = make_model("llama").to(torch.bfloat16)
     save_folder(model, tmp_path)
@@ -260,7 +283,15 @@ def test_rope_of_a_saved_config(tmp_path):
         ({"rms_norm_eps": -1}, "rms_norm_eps must be a positive number"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'.*linear, llama3, yarn"),
+        ({"quantization_config": "gptq"}, "quantization_config .'gptq'"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps must be a positive number"),
+        ({"eos_token_id": ["</s>"]}, "eos_token_id must be"),
+        ({"rope_scaling": [1]}, "must be an object, got .1."),
+        ({"rope_scaling": {"type": ["yarn"]}}, "type .'yarn'. is not supported"),
         ({"rope_scaling": {"type": "linear"}}, "lacks factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor must be a positive number, got 0"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": "32"}}, "beta_fast must be a positive number"),
+        ({"rope_scaling": dict(LLAMA3, high_freq_factor=LLAMA3["low_freq_factor"])}, "must be below high_freq_factor"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0, "mscale": 0.7}}, "mscale, which is not supported"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "each layer type"),
         ({"model_type": "mistral", "sliding_window": 128}, "sliding_window 128"),

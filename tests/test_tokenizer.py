@@ -241,6 +241,11 @@ def test_chat_without_a_template():
         byte_level("gpt-2").chat([{"role": "user", "content": "Hi"}])
 
 
+def test_text_that_was_no_utf8_is_refused():
+    with pytest.raises(ValueError, match="no UTF-8"):
+        Tokenizer(backend=None).encode("a\udcff")
+
+
 def test_wrong_text_type():
     with pytest.raises(TypeError, match="text must be a str, got bytes"):
         byte_level("gpt-2").encode(b"text")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -67,7 +68,7 @@ class LlamaConfig:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -76,6 +77,8 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+        if not all(isinstance(token, int) for token in self.eos_token_ids):
+            raise ValueError(f"eos_token_id must be one or more token ids (int), got {self.eos_token_ids!r}")
         if self.sliding_window is not None and self.sliding_window < self.max_position_embeddings:
             raise ValueError(
                 f"sliding_window {self.sliding_window} is smaller than max_position_embeddings "
@@ -93,7 +96,8 @@ class LlamaConfig:
         if model_type not in MODEL_TYPES:
             raise ValueError(f"model_type {model_type!r} is not supported; supported: {', '.join(MODEL_TYPES)}")
         if config.get("quantization_config") is not None:
-            method = config["quantization_config"].get("quant_method")
+            settings = config["quantization_config"]
+            method = settings.get("quant_method") if isinstance(settings, dict) else settings
             raise ValueError(
                 f"quantization_config ({method!r}) is not supported: give the unquantized checkpoint, or a GGUF file"
             )
@@ -159,7 +163,10 @@ def head_dim_of(hidden_size: int, num_attention_heads: int) -> int:
 
 def _read_rope(config: dict) -> tuple[float, dict | None]:
     # transformers 5 keeps rope_theta and the scaling in one dict, transformers 4 in two keys.
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"rope_parameters (or rope_scaling) must be an object, got {rope!r}")
+    rope = dict(rope)
     theta = rope.pop("rope_theta", config.get("rope_theta") or 10000.0)
     rope_type = rope.pop("rope_type", None) or rope.get("type", "default")
     rope.pop("type", None)
@@ -181,7 +188,7 @@ def _read_rope(config: dict) -> tuple[float, dict | None]:
 
 def _check_rope_scaling(rope_scaling: dict, head_dim: int) -> None:
     rope_type = rope_scaling.get("rope_type")
-    if rope_type not in ROPE_KEYS:
+    if not isinstance(rope_type, str) or rope_type not in ROPE_KEYS:
         supported = ", ".join(["default", *ROPE_KEYS])
         raise ValueError(f"rope_scaling type {rope_type!r} is not supported; supported: {supported}")
     required, optional = ROPE_KEYS[rope_type]
@@ -192,6 +199,15 @@ def _check_rope_scaling(rope_scaling: dict, head_dim: int) -> None:
         raise ValueError(
             f"rope_scaling of type {rope_type!r} has {', '.join(sorted(unknown))}, which is not supported; "
             f"supported: {', '.join(sorted(required | optional))}"
+        )
+    for key in keys - {"factors", "truncate"}:
+        value = rope_scaling[key]
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise ValueError(f"rope_scaling {key} must be a positive number, got {value!r}")
+    if rope_type == "llama3" and rope_scaling["low_freq_factor"] >= rope_scaling["high_freq_factor"]:
+        raise ValueError(
+            f"rope_scaling low_freq_factor {rope_scaling['low_freq_factor']} must be below high_freq_factor "
+            f"{rope_scaling['high_freq_factor']}"
         )
     if rope_type == "freq_factors" and len(rope_scaling["factors"]) != head_dim // 2:
         raise ValueError(

@@ -65,6 +65,10 @@ class Generator:
         max_sequence_tokens: int | None = None,
         prefill_chunk: int = 512,
     ):
+        if not isinstance(model, Llama):
+            raise TypeError(f"model must be a Llama (see Llama.load), got {type(model).__name__}")
+        if not isinstance(quest, QuestConfig):
+            raise TypeError(f"quest must be a QuestConfig, got {type(quest).__name__}")
         config = model.config
         check_int("max_batch_size", max_batch_size, 1)
         check_int("prefill_chunk", prefill_chunk, 1)
@@ -127,11 +131,13 @@ class Generator:
 
         Raises ValueError, before anything runs, for more prompts than max_batch_size, an empty prompt, one longer than
         max_sequence_tokens, token ids outside the vocabulary, and sampling settings out of range; TypeError for prompts
-        that are not lists of ints.
+        that are not lists of ints, and for stop_tokens or a seed that are no ints.
         """
         self._check(prompts, max_new_tokens)
+        stops = self.model.config.eos_token_ids if stop_tokens is None else stop_tokens
+        if not (isinstance(stops, Collection) and all(isinstance(token, int) for token in stops)):
+            raise TypeError(f"stop_tokens must be None or a collection of token ids (int), got {stops!r}")
         self.sampler.start(temperature, top_p, seed)
-        stops = frozenset(self.model.config.eos_token_ids if stop_tokens is None else stop_tokens)
         results = [Generation() for _ in prompts]
         seqs: list[int | None] = [self.cache.add() for _ in prompts]
         watch = _Watch(self, record_pages) if profile_attention or record_pages else None
@@ -155,6 +161,7 @@ class Generator:
         try:
             started = time.perf_counter()
             done, total = 0, sum(map(len, prompts))
+            self.sampler.draw()  # for the first token of every prompt, in whichever chunk that comes
             for chunk in split_prompts([len(prompt) for prompt in prompts], self.prefill_chunk):
                 for index, token in self._prefill(prompts, seqs, chunk, watch):
                     take(index, token)
@@ -197,6 +204,8 @@ class Generator:
 
     def _check(self, prompts: list[list[int]], max_new_tokens: int) -> None:
         check_int("max_new_tokens", max_new_tokens, 1)
+        if not isinstance(prompts, (list, tuple)):
+            raise TypeError(f"prompts must be a list of lists of token ids, got {type(prompts).__name__}")
         if not 1 <= len(prompts) <= self.max_batch_size:
             raise ValueError(f"prompts must be 1 to max_batch_size ({self.max_batch_size}) lists, got {len(prompts)}")
         vocab_size = self.model.config.vocab_size
@@ -228,8 +237,8 @@ class Generator:
         )
         if not finished:
             return []
-        self.sampler.draw()
-        return list(zip((chunk[i][0] for i in finished), self.sampler.sample(logits).tolist()))
+        indices = [chunk[i][0] for i in finished]
+        return list(zip(indices, self.sampler.sample(logits, indices).tolist()))
 
     def _decode(self, seqs, tokens: list[int], watch, step: int) -> tuple[list[int], float]:
         """Runs a step of all sequences; returns a token a slot (junk in empty ones) and the seconds spent capturing."""

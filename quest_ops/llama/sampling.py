@@ -3,13 +3,15 @@
 import torch
 from torch import Tensor
 
+from quest_ops.config import check_int
+
 
 class Sampler:
     """Samples rows of logits on their device; the host never waits for a value.
 
     All that changes from step to step lies in buffers with fixed addresses, so that a CUDA graph can hold `sample`:
     call `draw` before each run of it, and key graphs by `kind`. Random numbers come from one generator: the same seed
-    and the same calls give the same tokens on the same device.
+    and the same calls give the same tokens on the same device. Each row has its own, whatever the others hold.
     """
 
     def __init__(self, max_rows: int, vocab_size: int, device: torch.device):
@@ -22,12 +24,9 @@ class Sampler:
     def start(self, temperature: float, top_p: float, seed: int | None) -> None:
         """Settings for the steps to come. temperature 0: greedy. seed None: a fresh one.
 
-        Raises ValueError for temperature < 0 or top_p outside (0, 1].
+        Raises ValueError and TypeError as `check_sampling`.
         """
-        if not (isinstance(temperature, (int, float)) and 0 <= temperature < float("inf")):
-            raise ValueError(f"temperature must be 0 (greedy) or a positive number, got {temperature!r}")
-        if not (isinstance(top_p, (int, float)) and 0 < top_p <= 1):
-            raise ValueError(f"top_p must be above 0 and at most 1, got {top_p!r}")
+        check_sampling(temperature, top_p, seed)
         self.kind = "greedy" if temperature == 0 else "temperature" if top_p == 1 else "top_p"
         if seed is None:
             self.generator.seed()
@@ -41,15 +40,27 @@ class Sampler:
         if self.kind != "greedy":
             self.noise.exponential_(generator=self.generator)
 
-    def sample(self, logits: Tensor) -> Tensor:
-        """logits [R, V] float32, R at most `max_rows` -> tokens [R] int64."""
+    def sample(self, logits: Tensor, rows: list[int] | None = None) -> Tensor:
+        """logits [R, V] float32 of these rows (None: the first R) -> tokens [R] int64."""
         if self.kind == "greedy":
             return logits.argmax(-1)
         probabilities = torch.softmax(logits / self.temperature, -1)
         if self.kind == "top_p":
             probabilities = keep_nucleus(probabilities, self.top_p)
         # An exponential race: argmax of p / Exp(1) is distributed as p; torch.multinomial would wait for the device.
-        return (probabilities / self.noise[: len(logits)]).argmax(-1)
+        noise = self.noise[: len(logits)] if rows is None else self.noise[rows]
+        return (probabilities / noise).argmax(-1)
+
+
+def check_sampling(temperature: float, top_p: float, seed: int | None) -> None:
+    """Raises ValueError for temperature < 0, top_p outside (0, 1] or a seed of more than 64 bits; TypeError for a seed
+    that is no int."""
+    if not (isinstance(temperature, (int, float)) and 0 <= temperature < float("inf")):
+        raise ValueError(f"temperature must be 0 (greedy) or a positive number, got {temperature!r}")
+    if not (isinstance(top_p, (int, float)) and 0 < top_p <= 1):
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p!r}")
+    if seed is not None and check_int("seed", seed, -(2**63)) >= 2**64:
+        raise ValueError(f"seed must be below 2**64, got {seed}")
 
 
 def keep_nucleus(probabilities: Tensor, top_p: Tensor | float) -> Tensor:

@@ -49,6 +49,10 @@ class Tokenizer:
         The text of chat() already holds it: encode that with add_special=False."""
         if not isinstance(text, str):
             raise TypeError(f"text must be a str, got {type(text).__name__}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text holds what was no UTF-8 (lone surrogates): {error}") from error
         return self.backend.encode(text, add_special_tokens=add_special).ids
 
     def decode(self, ids: list[int], skip_special: bool = True) -> str:
@@ -122,6 +126,8 @@ class Tokenizer:
         def id_of(key):
             token = settings.get(key)
             token = token.get("content") if isinstance(token, dict) else token
+            if token is not None and not isinstance(token, str):
+                raise ValueError(f"{folder / 'tokenizer_config.json'}: {key} must be a text, got {token!r}")
             return None if token is None else backend.token_to_id(token)
 
         eos = None
@@ -130,15 +136,21 @@ class Tokenizer:
                 eos = read_json(folder / name, missing={}).get("eos_token_id")
         if eos is None:
             eos = id_of("eos_token")
+        eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
+        if not all(isinstance(token, int) for token in eos):
+            raise ValueError(f"{folder}: eos_token_id must be one or more token ids (int), got {eos!r}")
         template = settings.get("chat_template")
         if isinstance(template, list):
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+            named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+            template = named[0].get("template") if named else None
+        if template is not None and not isinstance(template, str):
+            raise ValueError(f"{folder / 'tokenizer_config.json'}: chat_template must be a text, got {template!r}")
         template_file = folder / "chat_template.jinja"
         if template_file.is_file():
             template = template_file.read_text(encoding="utf-8")
         return cls(
             backend,
-            eos_token_ids=() if eos is None else eos if isinstance(eos, list) else (eos,),
+            eos_token_ids=eos,
             bos_token_id=id_of("bos_token"),
             chat_template=template,
         )

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -152,9 +152,11 @@ def _load_folder(folder: Path, dtype, device, progress) -> Checkpoint:
     raw_config = read_json(folder / "config.json")
     try:
         config = LlamaConfig.from_hf(raw_config)
-    except ValueError as error:
+    except (AttributeError, TypeError, ValueError) as error:  # the first two: a value of another type than it should be
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     tokenizer = Tokenizer.from_folder(folder)
+    # generation_config.json may name more end tokens, as it does for chat models.
+    config = replace(config, eos_token_ids=tokenizer.eos_token_ids)
 
     with ExitStack() as stack:
         holder = {}  # name -> the opened file that holds it
@@ -193,8 +195,8 @@ def _safetensors_files(folder: Path) -> list[Path]:
             "weights in other formats are not supported"
         )
     weight_map = read_json(index).get("weight_map")
-    if type(weight_map) is not dict:
-        raise ValueError(f"{index} has no weight_map")
+    if type(weight_map) is not dict or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index} has no weight_map from tensor names to file names")
     files = [folder / name for name in sorted(set(weight_map.values()))]
     if missing := [file.name for file in files if not file.is_file()]:
         raise FileNotFoundError(f"{index} names files that are not there: {', '.join(missing)}")
