@@ -23,7 +23,7 @@ SITES = [Path(p) for p in dict.fromkeys([*sys.path, *(sysconfig.get_paths()[k] f
 
 
 def find_torch():
-    return next((s / "torch" for s in SITES if (s / "torch/include/torch/csrc/stable/library.h").exists()), None)
+    return next((s / "torch" for s in SITES if (s / "torch/include/torch/csrc/stable/device.h").exists()), None)
 
 
 def find_nvcc():
@@ -58,15 +58,15 @@ class build_ext(_build_ext):  # the name under which setuptools reads its settin
         if torch is None:
             sys.exit("quest_ops: torch >= 2.10 was not found; install it first: pip install torch")
         archs, package = cuda_archs(nvcc), (ROOT if self.inplace else Path(self.build_lib).resolve()) / "quest_ops"
-        defines = {"CMAKE_BUILD_TYPE": "Release", "QUEST_VERSION": VERSION, "QUEST_CUDA_ARCHS": archs}
-        defines |= {"QUEST_TORCH_INCLUDE": torch / "include", "QUEST_TORCH_LIB": torch / "lib"}
-        defines |= {"QUEST_OUTPUT_DIR": package, "Python_EXECUTABLE": sys.executable}
-        defines |= {"CMAKE_CUDA_COMPILER": nvcc} if archs else {}
+        defines = {"QUEST_VERSION": VERSION, "QUEST_TORCH": torch, "QUEST_OUTPUT_DIR": package}
+        defines |= {"Python_EXECUTABLE": sys.executable, "QUEST_CUDA_ARCHS": archs, "CMAKE_CUDA_COMPILER": nvcc or ""}
+        os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")  # where pip put cmake and ninja
         print("quest_ops:", torch, f"{nvcc} for {archs}" if archs else "CPU kernels only", sep="\n  ", flush=True)
         build, settings = Path(self.build_temp).resolve(), [f"-D{name}={value}" for name, value in defines.items()]
+        (build / "CMakeCache.txt").unlink(missing_ok=True)  # names the last build's ninja and nvcc
         subprocess.run(["cmake", "-G", "Ninja", "-S", ROOT, "-B", build, *settings], check=True)
-        jobs = ["--parallel", os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)]
-        subprocess.run(["cmake", "--build", build, *jobs], check=True)
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
+        subprocess.run(["cmake", "--build", build, "--parallel", jobs], check=True)
 
     def get_outputs(self):
         return [str(p) for p in (Path(self.build_lib) / "quest_ops").glob("*.so")]
