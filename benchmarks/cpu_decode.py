@@ -10,6 +10,7 @@ Quest the metadata of all pages, K and V of the chosen ones. The speed-up is ove
 
 import argparse
 import json
+import sys
 import time
 
 import torch
@@ -151,6 +152,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--json", metavar="PATH")
+    parser.add_argument("--csrc-tree", default="unknown", help="`git rev-parse HEAD:csrc` of the code that runs")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -161,7 +163,9 @@ def main() -> None:
     if args.json:
         with open(args.json, "w") as file:
             machine = {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
-            json.dump(machine | {"threads": args.threads, "results": results}, file, indent=1)
+            run = {"command": "python " + " ".join(sys.argv), "csrc_tree": args.csrc_tree, "threads": args.threads}
+            json.dump(machine | run | {"results": results}, file, indent=1)
+            file.write("\n")
 
 
 if __name__ == "__main__":
