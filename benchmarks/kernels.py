@@ -69,6 +69,10 @@ class Layers:
                 self.k[i], self.metadata[i], self.table, self.lens, torch.zeros_like(self.lens)
             )
 
+    def quest(self, i: int, **options):
+        pools = self.k[i], self.v[i], self.metadata[i], self.table, self.lens
+        return quest_ops.quest_decode_attention(self.queries[i], *pools, BUDGET // PAGE, 1, 4, "max", **options)
+
     def us(self, call) -> float:
         """`call(i)` for each layer i."""
         return graph_us([lambda i=i: call(i) for i in range(self.count)])
@@ -86,17 +90,14 @@ def quest_times(layers: Layers) -> dict[str, float]:
         page_ids, counts = quest_ops.select_topk_pages(scores, lens, PAGE, budget, 1, 4)
         quest_ops.sparse_decode_attention(q[i], k[i], v[i], table, lens, page_ids, counts)
 
-    def quest(i, **options):
-        quest_ops.quest_decode_attention(q[i], k[i], v[i], m[i], table, lens, budget, 1, 4, "max", **options)
-
     return {
         "append": layers.us(lambda i: quest_ops.append_paged_kv(*layers.new_kv, k[i], v[i], m[i], layers.slots)),
         "estimate": layers.us(lambda i: quest_ops.estimate_page_scores(q[i], m[i], table, lens, PAGE, "max")),
         "select": layers.us(lambda i: quest_ops.select_topk_pages(scores[i], lens, PAGE, budget, 1, 4)),
         "attend": layers.us(lambda i: quest_ops.sparse_decode_attention(q[i], k[i], v[i], table, lens, *chosen[i])),
         "separate": layers.us(separate),
-        "quest": layers.us(lambda i: quest(i, workspace=workspace)),
-        "quest-no-workspace": layers.us(quest),
+        "quest": layers.us(lambda i: layers.quest(i, workspace=workspace)),
+        "quest-no-workspace": layers.us(layers.quest),
         "dense": layers.us(lambda i: quest_ops.sparse_decode_attention(q[i], k[i], v[i], table, lens)),
     }
 

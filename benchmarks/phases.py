@@ -14,20 +14,13 @@ import argparse
 import ctypes
 
 import torch
-from kernels import BUDGET, CASES, PAGE, Layers
+from kernels import BUDGET, CASES, HEAD_DIM, PAGE, Q_HEADS, Layers
 
 import quest_ops
+from quest_ops import _C
 
 PHASES = ["before", "score", "keys", "threshold", "list", "attend", "publish", "parts", "merge"]
 MAX_BLOCKS = 512  # kMaxClockedBlocks in csrc/cuda/team.cuh
-
-
-def team_blocks(teams: int) -> int:
-    """Blocks of a launch, as plan_fused in csrc/plan.h sizes teams on this GPU for head dim 128."""
-    sms = torch.cuda.get_device_properties(0).multi_processor_count
-    if teams * 16 <= sms:
-        return teams * 16
-    return max(teams * size for size in (2, 4, 8, 16) if teams * size <= 2 * sms)
 
 
 def main() -> None:
@@ -40,6 +33,8 @@ def main() -> None:
     if not hasattr(library, "quest_read_phase_clocks"):
         parser.error("this library notes no clocks: build it with QUEST_OPS_PHASE_CLOCKS=1, see --help")
 
+    properties = torch.cuda.get_device_properties(0)
+    capability, num_sms = 10 * properties.major + properties.minor, properties.multi_processor_count
     print(f"{'case':14}{'us':>8}" + "".join(f"{p:>11}" for p in [*PHASES, "total"]))
     for case in CASES:
         if args.case and case.name not in args.case:
@@ -48,17 +43,14 @@ def main() -> None:
             continue
         layers = Layers(case, torch.float16)
         workspace = torch.zeros(quest_ops.ops.WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
-
-        def quest(i, at=layers, space=workspace):
-            pools = at.k[i], at.v[i], at.metadata[i], at.table, at.lens
-            quest_ops.quest_decode_attention(at.queries[i], *pools, BUDGET // PAGE, 1, 4, "max", workspace=space)
-
-        us = layers.us(quest)
+        us = layers.us(lambda i, at=layers, space=workspace: at.quest(i, workspace=space))
         clocks = torch.empty(MAX_BLOCKS, len(PHASES) + 1, dtype=torch.int64)
         error = library.quest_read_phase_clocks(ctypes.c_void_p(clocks.data_ptr()))
         if error:
             raise RuntimeError(f"reading the clocks failed with CUDA error {error}")
-        cycles = clocks[: team_blocks(case.batch * case.kv_heads)].diff(dim=1).median(0).values.tolist()
+        teams = case.batch * case.kv_heads
+        plan = _C.plan_fused(capability, num_sms, teams, Q_HEADS // case.kv_heads, HEAD_DIM, case.tokens // PAGE)
+        cycles = clocks[: teams * plan["team_size"]].diff(dim=1).median(0).values.tolist()
         print(f"{case.name:14}{us:8.2f}" + "".join(f"{c:11}" for c in [*cycles, sum(cycles[1:])]), flush=True)
         del layers
         torch.cuda.empty_cache()

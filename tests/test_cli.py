@@ -9,9 +9,11 @@ import sys
 
 import pytest
 import torch
+from models import random_llama
 
 from quest_ops import QuestConfig, cli, demo, info
 from quest_ops.info import Device, System
+from quest_ops.llama.config import LlamaConfig
 
 H100 = Device(0, "NVIDIA H100", (9, 0), 80 * 2**30)
 A10 = Device(1, "NVIDIA A10", (8, 6), 24 * 2**30)
@@ -349,10 +351,6 @@ def test_the_picture_counts_heads_and_ignores_padding():
 
 
 def test_an_answer_is_timed_and_its_pages_recorded(device):
-    from quest_ops.llama.config import LlamaConfig
-    from quest_ops.llama.model import Llama
-    from quest_ops.llama.weights import Checkpoint, expected_shapes
-
     config = LlamaConfig(
         model_type="llama",
         vocab_size=128,
@@ -364,9 +362,7 @@ def test_an_answer_is_timed_and_its_pages_recorded(device):
         head_dim=64,
         max_position_embeddings=512,
     )
-    torch.manual_seed(0)
-    weights = {name: 0.2 * torch.randn(shape) for name, shape in expected_shapes(config).items()}
-    model = Llama.from_checkpoint(Checkpoint(config, weights, tokenizer=None)).to(device, torch.bfloat16)
+    model = random_llama(config, torch.bfloat16, device)
 
     class Letters:
         def decode(self, tokens):

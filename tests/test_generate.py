@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from models import random_llama
 
 from quest_ops import ops
 from quest_ops.config import QuestConfig
@@ -11,7 +12,7 @@ from quest_ops.llama.config import LlamaConfig
 from quest_ops.llama.generate import Generator, kv_tokens_read, split_prompts
 from quest_ops.llama.model import Llama, default_dtype
 from quest_ops.llama.sampling import Sampler, keep_nucleus
-from quest_ops.llama.weights import Checkpoint, expected_shapes, load_checkpoint
+from quest_ops.llama.weights import Checkpoint, load_checkpoint
 
 CONFIG = LlamaConfig(
     model_type="llama",
@@ -30,12 +31,7 @@ QUEST_FROM_THE_START = QuestConfig(token_budget=64, sink_tokens=16, recent_token
 
 
 def random_model(dtype=torch.float32, device="cpu") -> Llama:
-    torch.manual_seed(0)
-    weights = {
-        name: 1 + 0.3 * torch.randn(shape) if "norm" in name else 0.15 * torch.randn(shape)
-        for name, shape in expected_shapes(CONFIG).items()
-    }
-    return Llama.from_checkpoint(Checkpoint(CONFIG, weights, tokenizer=None)).to(device, dtype)
+    return random_llama(CONFIG, dtype, device)
 
 
 @pytest.fixture(scope="module")
