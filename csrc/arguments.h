@@ -25,7 +25,10 @@ inline HeadReduction reduction_of(const std::string& name) {
 
 inline Rows rows_of(const Arg& a) { return {a.data(), a.stride_of(0), a.stride_of(1)}; }
 inline Pool pool_of(const Arg& a) { return {a.data(), a.stride_of(0), a.stride_of(1), a.stride_of(2)}; }
-inline Metadata metadata_of(const Arg& a) { return {a.data(), a.stride_of(0), a.stride_of(1)}; }
+inline Metadata metadata_of(const Arg& a) {
+    return {a.data(), a.stride_of(0), a.stride_of(1),
+            a.dtype == ScalarType::Float8_e4m3fn ? DType::kFloat8E4M3 : dtype_of(a)};
+}
 
 inline void check_page_size(int64_t page_size, int64_t pages_per_block) {
     expect_one_of("page_size", page_size, {8, 16, 32, 64, 128});
@@ -35,6 +38,7 @@ inline void check_page_size(int64_t page_size, int64_t pages_per_block) {
 inline Arg cache_arg(const char* name, const Tensor& t) {
     Arg cache(name, t, {4}, "[num_blocks, block_size, num_kv_heads, head_dim]");
     cache.expect_aligned_rows();
+    cache.expect_narrow_strides();
     expect_one_of("head_dim", cache.sizes[3], {64, 128, 256});
     return cache;
 }
@@ -49,6 +53,7 @@ inline void check_values_like_keys(const Arg& k_cache, const Arg& v_cache) {
 inline int32_t check_metadata(const Arg& metadata, int64_t head_dim) {
     const bool blocks_of_pages = metadata.rank == 5;
     metadata.expect_aligned_rows();
+    metadata.expect_narrow_strides();
     metadata.expect_size(metadata.rank - 1, head_dim, "head_dim");
     metadata.expect_size(metadata.rank - 2, 2, "the pair of bounds (lo, hi)");
     const int64_t pages_per_block = blocks_of_pages ? metadata.sizes[2] : 1;
@@ -62,9 +67,16 @@ inline int32_t check_metadata(const Arg& metadata, int64_t head_dim) {
 inline const char* const kMetadataShape =
     "[num_blocks, num_kv_heads, 2, head_dim] or [num_blocks, num_kv_heads, pages_per_block, 2, head_dim]";
 
+// Metadata has the dtype of what it stands beside, or 8 bits.
+inline void check_metadata_dtype(const Arg& metadata, const Arg& beside) {
+    metadata.expect_device_of(beside);
+    if (metadata.dtype != beside.dtype && metadata.dtype != ScalarType::Float8_e4m3fn)
+        fail(metadata.name, " must be ", name_of(beside.dtype), " as ", beside.name, ", or float8_e4m3fn, got ",
+             name_of(metadata.dtype));
+}
+
 inline void check_metadata_of_cache(const Arg& metadata, const Arg& k_cache) {
-    metadata.expect_device_of(k_cache);
-    metadata.expect_dtype(k_cache.dtype, " as k_cache");
+    check_metadata_dtype(metadata, k_cache);
     metadata.expect_size(0, k_cache.sizes[0], "k_cache's num_blocks");
     metadata.expect_size(1, k_cache.sizes[2], "k_cache's num_kv_heads");
 }
@@ -137,7 +149,8 @@ inline void check_table_values(const Paging& paging, int64_t num_requests, const
 inline void check_budget(int64_t page_budget, int64_t sink_pages, int64_t recent_pages) {
     expect_range("sink_pages", sink_pages, 0, INT32_MAX);
     expect_range("recent_pages", recent_pages, 1, INT32_MAX);  // 1: the page being written
-    expect_range("page_budget", page_budget, 1, INT32_MAX);
+    constexpr int64_t kMostPages = int64_t(1) << 28;           // of 8 tokens: 2^31 tokens
+    expect_range("page_budget", page_budget, 1, kMostPages);
     if (page_budget < sink_pages + recent_pages + 1)
         fail("page_budget must hold sink_pages + recent_pages + 1 = ", sink_pages + recent_pages + 1, " pages, got ",
              page_budget);

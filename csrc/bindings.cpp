@@ -28,18 +28,16 @@ PYBIND11_MODULE(_C, module) {
         py::arg("capability"), py::arg("num_sms"), py::arg("items"), py::arg("max_pages"), py::arg("pages_per_block"),
         "Thread blocks that walk the pages of one (row, KV head) in estimate_page_scores and update_page_metadata.");
     module.def(
-        "plan_fused",
+        "plan_team",
         [](int capability, int num_sms, int64_t teams, int group, int head_dim, int max_pages) {
-            const quest::FusedPlan plan = quest::plan_fused({capability, num_sms}, teams, group, head_dim, max_pages);
-            py::dict result;
-            result["team_size"] = plan.team_log2 < 0 ? 0 : 1 << plan.team_log2;
-            result["keys_per_thread"] = plan.keys_per_thread;
-            return result;
+            const int n = quest::plan_team({capability, num_sms}, teams, group, head_dim, max_pages);
+            return n < 0 ? 0 : 1 << n;
         },
         py::arg("capability"), py::arg("num_sms"), py::arg("teams"), py::arg("group"), py::arg("head_dim"),
         py::arg("max_pages"),
-        "Thread blocks that serve one (row, KV head) in the one-launch quest_decode_attention; "
-        "team_size 0: the portable path is taken.");
+        "Thread blocks that serve one (row, KV head) in the one-launch quest_decode_attention, or, with max_pages 0, "
+        "in "
+        "dense sparse_decode_attention with a workspace; 0: the portable path is taken.");
     module.def(
         "overlaps_launches", [](int capability) { return quest::overlaps_launches({capability, 1}); },
         py::arg("capability"), "Whether kernels are chained by programmatic dependent launch.");

@@ -35,7 +35,13 @@ inline const char* name_of(ScalarType type) {
         case ScalarType::Int: return "int32";
         case ScalarType::Long: return "int64";
         case ScalarType::Byte: return "uint8";
+        case ScalarType::Short: return "int16";
+        case ScalarType::Char: return "int8";
+        case ScalarType::Bool: return "bool";
+        case ScalarType::ComplexFloat: return "complex64";
+        case ScalarType::ComplexDouble: return "complex128";
         case ScalarType::Float8_e4m3fn: return "float8_e4m3fn";
+        case ScalarType::Float8_e5m2: return "float8_e5m2";
         default: return "another dtype";
     }
 }
@@ -60,7 +66,11 @@ struct Arg {
     ScalarType dtype;
 
     Arg(const char* name, const Tensor& t, std::initializer_list<int64_t> ranks, const char* shape)
-        : name(name), tensor(t), rank(t.dim()), dtype(t.scalar_type()) {
+        : name(name), tensor(t) {
+        if (!t.defined()) fail(name, " must be a tensor ", shape, ", got None");
+        rank = t.dim();
+        dtype = t.scalar_type();
+        if (!t.is_cuda() && !t.is_cpu()) fail(name, " must be on the CPU or a CUDA device, got ", device_text());
         bool known = false;
         for (int64_t r : ranks) known |= r == rank;
         if (!known) fail(name, " must have shape ", shape, ", got ", shape_text());
@@ -92,7 +102,8 @@ struct Arg {
     }
 
     std::string device_text() const {
-        return tensor.is_cuda() ? "cuda:" + std::to_string(tensor.get_device_index()) : "cpu";
+        if (tensor.is_cuda()) return "cuda:" + std::to_string(tensor.get_device_index());
+        return tensor.is_cpu() ? "cpu" : "another kind of device";
     }
 
     // Last dimension contiguous, rows 16-byte aligned; strides of size-1 dimensions mean nothing.
@@ -117,6 +128,14 @@ struct Arg {
 
     void expect_contiguous() const {
         if (!tensor.is_contiguous()) fail(name, " must be contiguous, got strides [", join(tensor.strides()), "]");
+    }
+
+    // Kernels multiply by strides of 32 bits, in bytes.
+    void expect_narrow_strides() const {
+        const int64_t bytes = static_cast<int64_t>(tensor.element_size());
+        for (int64_t i = 0; i < rank; ++i)
+            if (stride_of(i) < 0 || stride_of(i) * bytes > UINT32_MAX)
+                fail(name, " has stride ", strides[i], " in dimension ", i, "; supported: below 4 GiB");
     }
 
     int64_t stride_of(int64_t dim) const { return sizes[dim] > 1 ? strides[dim] : 0; }

@@ -90,9 +90,26 @@ void select_topk_pages(const SelectParams& params, int32_t device) {
     run(launch_select_topk_pages, params, "select_topk_pages", device);
 }
 
-void sparse_decode_attention(const AttentionParams& params, const torch::stable::Tensor& like) {
+void check_workspace_size(const torch::stable::Tensor& workspace, int64_t words) {
+    if (workspace.numel() < 4 * words)
+        fail("workspace has ", workspace.numel(), " bytes; this call needs ", 4 * words, " (8 MiB suffices for any)");
+}
+
+void sparse_decode_attention(const AttentionParams& params, const torch::stable::Tensor& like,
+                             const std::optional<torch::stable::Tensor>& workspace) {
     const int32_t device = like.get_device_index();
     const Scope scope(device);
+    if (workspace && !params.page_ids) {
+        const int64_t teams = int64_t(params.num_rows) * params.num_kv_heads;
+        const int32_t group = params.num_q_heads / params.num_kv_heads,
+                      team_log2 = plan_team(scope.chip, teams, group, params.head_dim, 0);
+        if (team_log2 >= 0) {
+            check_workspace_size(*workspace, teams * team_words(1 << team_log2, group, params.head_dim, 0));
+            return check(launch_dense_decode_attention(params, team_log2, static_cast<uint32_t*>(workspace->data_ptr()),
+                                                       scope.chip, scope.stream),
+                         "sparse_decode_attention", device, scope.chip);
+        }
+    }
     AttentionScratch scratch{attention_splits(params, scope.chip), nullptr, nullptr};
     torch::stable::Tensor partial;  // [num_splits, R, Hq, D + 1]: the outputs, then the lse
     if (scratch.num_splits > 1) {
@@ -110,22 +127,21 @@ bool fused_quest_decode_attention(const FusedParams& params, const torch::stable
     const AttentionParams& a = params.attention;
     const int32_t device = like.get_device_index();
     const Scope scope(device);
-    const FusedPlan plan = plan_fused(scope.chip, int64_t(a.num_rows) * a.num_kv_heads, a.num_q_heads / a.num_kv_heads,
-                                      a.head_dim, a.paging.max_pages());
-    if (plan.team_log2 < 0) return false;
-    const int64_t words = fused_workspace_words(params, plan);
+    const int64_t teams = int64_t(a.num_rows) * a.num_kv_heads;
+    const int32_t group = a.num_q_heads / a.num_kv_heads, max_pages = a.paging.max_pages(),
+                  team_log2 = plan_team(scope.chip, teams, group, a.head_dim, max_pages);
+    if (team_log2 < 0 || a.num_blocks == 0 || params.recent_pages < kLeastRecentPages) return false;
+    const int64_t words = teams * team_words(1 << team_log2, group, a.head_dim, max_pages);
     torch::stable::Tensor scratch;
     if (workspace) {
-        if (workspace->numel() < 4 * words)
-            fail("workspace has ", workspace->numel(), " bytes; this call needs ", 4 * words,
-                 " (8 MiB suffices for any)");
+        check_workspace_size(*workspace, words);
         scratch = *workspace;
     } else {
         scratch = torch::stable::new_empty(like, {words}, torch::headeronly::ScalarType::Int);
         check(launch_clear(static_cast<uint32_t*>(scratch.data_ptr()), words, scope.chip, scope.stream),
               "quest_decode_attention", device, scope.chip);
     }
-    check(launch_quest_decode_attention(params, plan, static_cast<uint32_t*>(scratch.data_ptr()), scope.chip,
+    check(launch_quest_decode_attention(params, team_log2, static_cast<uint32_t*>(scratch.data_ptr()), scope.chip,
                                         scope.stream),
           "quest_decode_attention", device, scope.chip);
     return true;
@@ -145,7 +161,10 @@ void append_paged_kv(const AppendParams&, int32_t) { without_cuda(); }
 void update_page_metadata(const UpdateParams&, int32_t) { without_cuda(); }
 void estimate_page_scores(const EstimateParams&, int32_t) { without_cuda(); }
 void select_topk_pages(const SelectParams&, int32_t) { without_cuda(); }
-void sparse_decode_attention(const AttentionParams&, const torch::stable::Tensor&) { without_cuda(); }
+void sparse_decode_attention(const AttentionParams&, const torch::stable::Tensor&,
+                             const std::optional<torch::stable::Tensor>&) {
+    without_cuda();
+}
 bool fused_quest_decode_attention(const FusedParams&, const torch::stable::Tensor&,
                                   const std::optional<torch::stable::Tensor>&) {
     without_cuda();

@@ -106,8 +106,7 @@ EstimateParams estimate_params(const Arg& query, const Arg& metadata, const Arg&
                                int64_t page_size, HeadReduction reduction) {
     const DType dtype = dtype_of(query);
     expect_one_of("head_dim", query.sizes[2], {64, 128, 256});
-    metadata.expect_device_of(query);
-    metadata.expect_dtype(query.dtype, " as query");
+    check_metadata_dtype(metadata, query);
     const int32_t pages_per_block = check_metadata(metadata, query.sizes[2]);
     check_page_size(page_size, pages_per_block);
     const int32_t rows_per_request = check_query(query, query.sizes[2], metadata.sizes[1], table.sizes[0]);
@@ -192,9 +191,12 @@ AttentionParams attention_params(const Arg& query, const Arg& k_cache, const Arg
     k_cache.expect_dtype(query.dtype, " as query");
     check_values_like_keys(k_cache, v_cache);
     const int32_t rows_per_request = check_query(query, k_cache.sizes[3], k_cache.sizes[2], table.sizes[0]);
+    if (sm_scale && !std::isfinite(static_cast<float>(*sm_scale)))
+        fail("sm_scale must be None or a finite float32 number, got ", *sm_scale);
     return {rows_of(query),
             pool_of(k_cache),
             pool_of(v_cache),
+            narrow("num_blocks", k_cache.sizes[0]),
             paging_of(table, query, page_size, pages_per_block),
             lengths_of(seq_lens, query.sizes[0], "query's number of rows", query),
             nullptr,
@@ -219,8 +221,8 @@ std::tuple<Tensor, Tensor> new_output(const Tensor& query) {
 
 void sparse_decode_attention_out(Tensor query_, Tensor k_cache_, Tensor v_cache_, Tensor table_, Tensor seq_lens_,
                                  std::optional<Tensor> page_ids_, std::optional<Tensor> page_counts_,
-                                 std::optional<int64_t> page_size_, std::optional<double> sm_scale, Tensor out,
-                                 Tensor lse) {
+                                 std::optional<int64_t> page_size_, std::optional<double> sm_scale,
+                                 std::optional<Tensor> workspace, Tensor out, Tensor lse) {
     const Arg query("query", query_, {3}, "[rows, num_q_heads, head_dim]");
     const Arg k_cache = cache_arg("k_cache", k_cache_), v_cache = cache_arg("v_cache", v_cache_);
     const Arg table("block_table", table_, {2}, "[requests, max_blocks]"),
@@ -255,8 +257,9 @@ void sparse_decode_attention_out(Tensor query_, Tensor k_cache_, Tensor v_cache_
         }
     }
     bind_output(params, query, out, lse);
+    check_workspace(workspace, query);
     if (query.tensor.numel() == 0) return;
-    if (query.tensor.is_cuda()) return cuda::sparse_decode_attention(params, query_);
+    if (query.tensor.is_cuda()) return cuda::sparse_decode_attention(params, query_, workspace);
     check_table_values(params.paging, table.sizes[0], params.seq_lens, params.rows_per_request, k_cache.sizes[0]);
     cpu::sparse_decode_attention(params);
 }
@@ -264,11 +267,11 @@ void sparse_decode_attention_out(Tensor query_, Tensor k_cache_, Tensor v_cache_
 std::tuple<Tensor, Tensor> sparse_decode_attention(Tensor query, Tensor k_cache, Tensor v_cache, Tensor table,
                                                    Tensor seq_lens, std::optional<Tensor> page_ids,
                                                    std::optional<Tensor> page_counts, std::optional<int64_t> page_size,
-                                                   std::optional<double> sm_scale) {
+                                                   std::optional<double> sm_scale, std::optional<Tensor> workspace) {
     if (query.dim() != 3) fail("query must have shape [rows, num_q_heads, head_dim], got ", query.dim(), " dimensions");
     auto [out, lse] = new_output(query);
     sparse_decode_attention_out(query, k_cache, v_cache, table, seq_lens, page_ids, page_counts, page_size, sm_scale,
-                                out, lse);
+                                workspace, out, lse);
     return {out, lse};
 }
 
@@ -301,10 +304,9 @@ void quest_decode_attention_out(Tensor query_, Tensor k_cache_, Tensor v_cache_,
     const int32_t max_pages = estimate.paging.max_pages();
     const bool covers = page_budget >= max_pages && !budgets;
     const int64_t kept = std::min<int64_t>(page_budget, std::max(max_pages, 1));
-    if (query.tensor.is_cuda() && estimate.head_reduction != HeadReduction::kNone) {
+    if (query.tensor.is_cuda() && estimate.head_reduction != HeadReduction::kNone && !covers) {
         const FusedParams fused{attention,
                                 estimate.metadata,
-                                narrow("num_blocks", metadata.sizes[0]),
                                 estimate.head_reduction,
                                 budgets,
                                 budget_heads,
@@ -346,7 +348,7 @@ void quest_decode_attention_out(Tensor query_, Tensor k_cache_, Tensor v_cache_,
             cuda::estimate_page_scores(estimate, device);
             cuda::select_topk_pages(select, device);
         }
-        return cuda::sparse_decode_attention(attention, query_);
+        return cuda::sparse_decode_attention(attention, query_, workspace);
     }
     check_table_values(attention.paging, table.sizes[0], attention.seq_lens, attention.rows_per_request,
                        k_cache.sizes[0]);
@@ -410,12 +412,12 @@ STABLE_TORCH_LIBRARY(quest_ops, library) {
         "int recent_pages, *, Tensor? page_budgets=None) -> (Tensor, Tensor)");
     library.def(
         "sparse_decode_attention(Tensor query, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, "
-        "Tensor? page_ids=None, Tensor? page_counts=None, *, int? page_size=None, float? sm_scale=None) "
-        "-> (Tensor, Tensor)");
+        "Tensor? page_ids=None, Tensor? page_counts=None, *, int? page_size=None, float? sm_scale=None, "
+        "Tensor(a!)? workspace=None) -> (Tensor, Tensor)");
     library.def(
         "sparse_decode_attention_out(Tensor query, Tensor k_cache, Tensor v_cache, Tensor block_table, "
         "Tensor seq_lens, Tensor? page_ids=None, Tensor? page_counts=None, *, int? page_size=None, "
-        "float? sm_scale=None, Tensor(a!) out, Tensor(b!) lse) -> ()");
+        "float? sm_scale=None, Tensor(a!)? workspace=None, Tensor(b!) out, Tensor(c!) lse) -> ()");
     library.def(
         "quest_decode_attention(Tensor query, Tensor k_cache, Tensor v_cache, Tensor page_metadata, "
         "Tensor block_table, Tensor seq_lens, int page_budget, int sink_pages, int recent_pages, str head_reduction, "

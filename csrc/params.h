@@ -5,7 +5,7 @@
 
 namespace quest {
 
-enum class DType : int32_t { kFloat32, kFloat16, kBFloat16 };
+enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kFloat8E4M3 };
 enum class HeadReduction : int32_t { kMax, kMean, kNone };
 
 // [num_blocks, S, Hkv, D]
@@ -18,6 +18,7 @@ struct Pool {
 struct Metadata {
     void* data;
     int64_t block_stride, head_stride;
+    DType dtype;  // the cache's, or kFloat8E4M3
 };
 
 // [rows, heads, D]
@@ -90,6 +91,7 @@ struct SelectParams {
 struct AttentionParams {
     Rows query;  // [R, Hq, D]
     Pool k_cache, v_cache;
+    int32_t num_blocks;  // of the pools
     Paging paging;
     const int32_t* seq_lens;             // [R]
     const int32_t* page_ids;             // [R, Hi, K] ascending, or null: every page
@@ -107,7 +109,6 @@ struct AttentionParams {
 struct FusedParams {
     AttentionParams attention;
     Metadata metadata;
-    int32_t num_blocks;            // of the pool
     HeadReduction head_reduction;  // kMax or kMean
     const int32_t* page_budgets;   // [R, 1 or Hkv] or null
     int32_t budget_heads;

@@ -56,35 +56,41 @@ inline int32_t plan_attention_splits(Chip chip, int64_t items, int64_t tiles, in
     return best;
 }
 
-// The fused decode: a team of 2^team_log2 blocks for each (row, KV head), all of them resident. team_log2 < 0: take the
-// portable path.
-struct FusedPlan {
-    int32_t team_log2;
-    int32_t keys_per_thread;  // that a thread holds while it selects: 8 or 32
-    int32_t group;            // query heads a KV head
-};
+// The fused decode: a team of 2^n blocks for each (row, KV head), all of them resident, that meet in a workspace.
+constexpr int kMaxFusedPages = 64 * 256;  // 64 keys for each of a block's 256 threads
+constexpr int kMostDirectPages = 4096;    // above, blocks exchange shortlists first
+constexpr int kShortlistEntries = 2048;   // of a team
+constexpr int kTeamWarps = 8;             // a block
+constexpr int kMaxTeamLog2 = 4, kMaxTeam = 1 << kMaxTeamLog2;
+constexpr int kMaxTeamGroup = 8;  // query heads a KV head: the columns of an mma
+// The sample of keys from which a block starts its search may reach this many pages past the competing ones.
+constexpr int kLeastRecentPages = 3;
+constexpr int64_t kWorkspaceBytes = 8 << 20;
 
-constexpr int kMaxFusedPages = 32 * 256;  // 32 keys for each of a block's 256 threads
-constexpr int kMaxTeam = 16;
-constexpr int kMaxFusedGroup = 8;  // query heads a KV head: the columns of an mma
-
-inline FusedPlan plan_fused(Chip chip, int64_t teams, int32_t group, int32_t head_dim, int32_t max_pages) {
-    if (chip.capability < 90 || group > kMaxFusedGroup || max_pages > kMaxFusedPages || teams == 0)
-        return {-1, 0, group};
-    const int32_t keys = max_pages <= 8 * 256 ? 8 : 32;
-    if (teams * 16 <= chip.num_sms) return {4, keys, group};  // a block an SM: the next launch's blocks fit beside them
-    const int64_t resident = int64_t(chip.num_sms) * (head_dim <= 128 ? 2 : 1);
-    for (int32_t log2 = 4; log2 >= 1; --log2)
-        if (teams << log2 <= resident) return {log2, keys, group};
-    return {-1, 0, group};
+// Words of workspace: flags, parts of the output, bounds and entries of shortlists, the keys of a team's pages.
+// Multiples of 4, so that blocks move 16 bytes at once. max_pages: 0 where nothing is selected.
+QUEST_HOST_DEVICE inline int32_t shortlist_words(int32_t max_pages) {
+    return max_pages > kMostDirectPages ? kMaxTeam * kTeamWarps + 2 * kShortlistEntries : 0;
+}
+QUEST_HOST_DEVICE inline int64_t team_words(int32_t team_size, int32_t group, int32_t head_dim, int32_t max_pages) {
+    return kMaxTeam + int64_t(2) * team_size * group * head_dim + shortlist_words(max_pages) + (max_pages + 3) / 4 * 4;
 }
 
-// Words of workspace: the keys of a team's pages, and all that a team exchanges. Multiples of 4, so that blocks move 16
-// bytes at once.
-QUEST_HOST_DEVICE inline int64_t fused_key_words(int32_t max_pages) { return (max_pages + 3) / 4 * 4; }
-QUEST_HOST_DEVICE inline int64_t fused_team_words(int32_t team_size, int32_t group, int32_t head_dim,
-                                                  int32_t max_pages) {
-    return kMaxTeam + fused_key_words(max_pages) + int64_t(2) * team_size * group * head_dim;
+// Returns n; -1: take the portable path. max_pages 0: dense attention, nothing is selected.
+inline int32_t plan_team(Chip chip, int64_t teams, int32_t group, int32_t head_dim, int32_t max_pages) {
+    if (chip.capability < 90 || group > kMaxTeamGroup || teams == 0 || max_pages > kMaxFusedPages) return -1;
+    // A block an SM leaves room for the next launch's beside it, and was faster than two an SM wherever a team then has
+    // four blocks or more (docs/performance.md).
+    const int64_t resident = int64_t(chip.num_sms) * (head_dim <= 128 ? 2 : 1);
+    auto largest = [&](int64_t blocks) {
+        int32_t n = kMaxTeamLog2;
+        while (n > 0 && teams << n > blocks) --n;
+        return n;
+    };
+    int32_t n = largest(chip.num_sms);
+    if (n < 2) n = largest(resident);
+    const int64_t bytes = teams * team_words(1 << n, group, head_dim, max_pages) * 4;
+    return n > 0 && bytes <= kWorkspaceBytes ? n : -1;
 }
 
 }  // namespace quest

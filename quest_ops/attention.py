@@ -83,8 +83,8 @@ class QuestAttention:
         self.max_sequence_tokens = max_sequence_tokens
         self.sm_scale = cache.head_dim**-0.5 if sm_scale is None else float(sm_scale)
         self._dense_layers = frozenset(config.dense_layers)
-        self._workspace = None  # where the blocks of a one-launch step meet
-        if backend == "quest" and cache.device.type == "cuda":
+        self._workspace = None  # where the blocks of a one-launch step meet; steps run on one stream, so one serves all
+        if backend in ("quest", "dense") and cache.device.type == "cuda":
             self._workspace = torch.zeros(ops.WORKSPACE_BYTES, dtype=torch.uint8, device=cache.device)
         self._flashinfer = None
         if backend == "flashinfer":
@@ -174,6 +174,7 @@ class QuestAttention:
                 self.seq_lens,
                 page_size=config.page_size,
                 sm_scale=self.sm_scale,
+                workspace=self._workspace,
             )
             return out
         out, _ = ops.quest_decode_attention(

@@ -36,7 +36,8 @@ class PagedKVCache:
     num_layers, num_kv_heads, head_dim: the model's; head_dim 64, 128 or 256.
     num_blocks: rows of the pool. A sequence of n tokens holds ceil(n / block_size) of them; forks share full blocks.
     page_size: tokens a page, what Quest selects: 8, 16, 32, 64 or 128. pages_per_block: 1 to 8.
-    dtype: bfloat16, float16, or, on a CPU, float32. metadata_dtype: None or the same.
+    dtype: bfloat16, float16, or, on a CPU, float32.
+    metadata_dtype: None or the same, or float8_e4m3fn: minima rounded down and maxima up, saturating at +-448.
     max_sequence_tokens: longest sequence allowed; None: what the pool holds.
 
     In memory K and V are one tensor `pool [num_layers, num_blocks, 2, Hkv, S, D]` (HND), the metadata another,
@@ -83,11 +84,14 @@ class PagedKVCache:
             raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}")
         if dtype == torch.float32 and self.device.type != "cpu":
             raise ValueError(f"dtype float32 is supported on a CPU only, got device {device!r}")
-        if metadata_dtype not in (None, dtype):
-            raise ValueError(f"metadata_dtype must be None or the cache's dtype {dtype}, got {metadata_dtype!r}")
+        if metadata_dtype not in (None, dtype, torch.float8_e4m3fn):
+            raise ValueError(
+                f"metadata_dtype must be None, the cache's dtype {dtype} or torch.float8_e4m3fn, got {metadata_dtype!r}"
+            )
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise RuntimeError(f"device {device!r} was asked for, but torch {torch.__version__} sees no CUDA GPU")
-        self.dtype = self.metadata_dtype = dtype
+        self.dtype = dtype
+        self.metadata_dtype = dtype if metadata_dtype is None else metadata_dtype
         self.block_size = page_size * pages_per_block
         if max_sequence_tokens is not None:
             check_int("max_sequence_tokens", max_sequence_tokens, 1)
@@ -97,13 +101,14 @@ class PagedKVCache:
             num_layers, num_blocks, 2, num_kv_heads, self.block_size, head_dim, dtype=dtype, device=self.device
         )
         self.device = self.pool.device  # "cuda" has become "cuda:0"
-        metadata = torch.empty(
-            num_layers, num_blocks, num_kv_heads, pages_per_block, 2, head_dim, dtype=dtype, device=self.device
+        self._metadata = torch.empty(
+            (num_layers, num_blocks, num_kv_heads, pages_per_block, 2, head_dim),
+            dtype=self.metadata_dtype,
+            device=self.device,
         )
-        self._metadata = metadata
         # Views are made once: a layer of a decode step has no time for them.
         self._layers = [(kv[:, 0].transpose(1, 2), kv[:, 1].transpose(1, 2)) for kv in self.pool]
-        self._page_metadata = list(metadata)
+        self._page_metadata = list(self._metadata)
 
         self._sequences: dict[int, Sequence] = {}
         self._next_id = 0

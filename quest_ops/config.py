@@ -8,6 +8,7 @@ import torch
 
 PAGE_SIZES = (8, 16, 32, 64, 128)
 HEAD_REDUCTIONS = ("max", "mean", "none")
+METADATA_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)
 
 
 def check_int(name: str, value: object, minimum: int) -> int:
@@ -30,7 +31,8 @@ class QuestConfig:
     dense_layers: numbers of the layers that always attend to the whole cache.
     head_reduction: how the query heads that share a KV head agree on pages: "max" or "mean" of their scores, or "none":
         each query head selects for itself.
-    metadata_dtype: dtype that the cache's page metadata must have; None: whatever the cache has.
+    metadata_dtype: dtype that the cache's page metadata must have: the cache's, or float8_e4m3fn, half of 16 bits to
+        keep and to read and still a bound of keys of magnitude up to 448; None: whatever the cache has.
     dense_below: a decode step whose longest sequence is at most this many tokens is dense; None: token_budget.
 
     Raises TypeError or ValueError for a value that is not supported, and where the budget cannot hold the sink pages,
@@ -66,6 +68,8 @@ class QuestConfig:
             raise ValueError(f"head_reduction must be one of {HEAD_REDUCTIONS}, got {self.head_reduction!r}")
         if self.metadata_dtype is not None and not isinstance(self.metadata_dtype, torch.dtype):
             raise TypeError(f"metadata_dtype must be None or a torch.dtype, got {self.metadata_dtype!r}")
+        if self.metadata_dtype not in (None, *METADATA_DTYPES):
+            raise ValueError(f"metadata_dtype must be None or one of {METADATA_DTYPES}, got {self.metadata_dtype}")
         needed = self.sink_pages + self.recent_pages + 1
         if self.page_budget < needed:
             raise ValueError(

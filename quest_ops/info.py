@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MIN_CAPABILITY = (8, 0)  # the kernels multiply bfloat16 on tensor cores
-FUSED_CAPABILITY = (9, 0)  # from here on plan_fused (csrc/plan.h) looks whether a step fits the chip
+FUSED_CAPABILITY = (9, 0)  # from here on plan_team (csrc/plan.h) looks whether a step fits the chip
 
 
 @dataclass(frozen=True)

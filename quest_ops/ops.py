@@ -7,7 +7,8 @@
   8, 16, 32, 64 or 128, `M` of 1 to 8.
 - `page_metadata [num_blocks, Hkv, M, 2, D]`, or `[num_blocks, Hkv, 2, D]` where a block is one page: per page and KV
   head the channel-wise minimum `[..., 0, :]` and maximum `[..., 1, :]` of its keys (QUEST: Tang et al., ICML 2024,
-  figure 5), in the cache's dtype.
+  figure 5), in the cache's dtype or in float8_e4m3fn: the minimum rounded down and the maximum up, saturating at +-448,
+  so that they still bound keys of magnitude up to 448.
 - `block_table [B, max_blocks]` int32; entries past a row's length are never read. `seq_lens [R]` int32: how many tokens
   a row sees, itself included; clamped to the table; 0 is an empty slot.
 
@@ -142,6 +143,7 @@ def sparse_decode_attention(
     *,
     page_size: int | None = None,
     sm_scale: float | None = None,
+    workspace: Tensor | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -155,6 +157,7 @@ def sparse_decode_attention(
         page_counts: `[R, Hi]` int32; None: up to the first -1.
         page_size: tokens a page; None: the block size `S`.
         sm_scale: finite factor of `q . k`; None: `1 / sqrt(D)`.
+        workspace: as `quest_decode_attention`'s; with it dense attention is one launch on such a GPU.
         out, lse: written instead of fresh tensors; they must not share memory with each other or with an input.
 
     Returns:
@@ -165,7 +168,6 @@ def sparse_decode_attention(
         RuntimeError: as above, for a block number past the cache (on a GPU: with `QUEST_OPS_CHECK=1`), and with
             `QUEST_OPS_CHECK=1` for page ids out of range or not ascending.
     """
-    _check_scale(sm_scale)
     if _checking() and _has_values(k_cache, (4,)):
         _check_block_table(block_table, seq_lens, k_cache.size(1), k_cache.size(0))
         size = k_cache.size(1) if page_size is None else page_size
@@ -173,9 +175,11 @@ def sparse_decode_attention(
             _check_page_ids(page_ids, page_counts, seq_lens, size, block_table.size(1) * k_cache.size(1))
     arguments = (query, k_cache, v_cache, block_table, seq_lens, page_ids, page_counts)
     if out is None and lse is None:
-        return _ops.sparse_decode_attention(*arguments, page_size=page_size, sm_scale=sm_scale)
+        return _ops.sparse_decode_attention(*arguments, page_size=page_size, sm_scale=sm_scale, workspace=workspace)
     out, lse = _both_outputs(query, out, lse)
-    _ops.sparse_decode_attention_out(*arguments, page_size=page_size, sm_scale=sm_scale, out=out, lse=lse)
+    _ops.sparse_decode_attention_out(
+        *arguments, page_size=page_size, sm_scale=sm_scale, workspace=workspace, out=out, lse=lse
+    )
     return out, lse
 
 
@@ -202,12 +206,11 @@ def quest_decode_attention(
     Equal to the composition of the three; arguments, results and errors are theirs. A page is `S / M` tokens, from the
     shapes of the cache and its metadata. Rows whose pages fit the budget are attended in full.
 
-    On a GPU of compute capability 9.0 and later the whole step is one launch wherever its blocks fit the chip together.
-    They exchange scores through `workspace`: uint8 `[bytes]`, zeros at first use, `WORKSPACE_BYTES` (8 MiB) for any
-    call, left as zeros; calls that may run at the same time need one each. None: fresh scratch, cleared by a launch of
-    its own (about 1 us).
+    On a GPU of compute capability 9.0 and later the whole step is one launch wherever its blocks fit the chip together
+    and at least 3 recent pages are kept. They exchange scores through `workspace`: uint8 `[bytes]`, zeros at first use,
+    `WORKSPACE_BYTES` (8 MiB) for any call, left as zeros; calls that may run at the same time need one each. None:
+    fresh scratch, cleared by a launch of its own (about 1 us).
     """
-    _check_scale(sm_scale)
     if _checking() and _has_values(k_cache, (4,)):
         _check_block_table(block_table, seq_lens, k_cache.size(1), k_cache.size(0))
     arguments = (
@@ -239,11 +242,6 @@ def _both_outputs(query: Tensor, out: Tensor | None, lse: Tensor | None) -> tupl
     if lse is None:
         lse = query.new_empty(query.shape[:2], dtype=torch.float32)
     return out, lse
-
-
-def _check_scale(sm_scale: float | None) -> None:
-    if isinstance(sm_scale, float) and not abs(sm_scale) <= FLOAT32_MAX:  # so written, it finds NaN too
-        raise RuntimeError(f"quest_ops: sm_scale must be None or a finite float32 number, got {sm_scale}")
 
 
 def _checking() -> bool:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 _FP8 = torch.float8_e4m3fn
+_FP8_GRID = torch.arange(256, dtype=torch.uint8).view(_FP8).float()
+_FP8_GRID = torch.unique(_FP8_GRID[~_FP8_GRID.isnan()] + 0.0)  # ascending, one zero
 
 
 def append_paged_kv(
@@ -264,8 +266,7 @@ def _store_bounds(bounds: Tensor, keys: Tensor) -> None:
 
 def _to_fp8_outward(x: Tensor, up: bool) -> Tensor:
     """float8_e4m3fn rounded up or down, saturating at +-448; NaN stays NaN, zero is +0."""
-    grid = torch.arange(256, dtype=torch.uint8, device=x.device).view(_FP8).float()
-    grid = torch.unique(grid[~grid.isnan()] + 0.0)  # ascending, one zero
+    grid = _FP8_GRID.to(x.device)
     x = x.float()
     index = torch.searchsorted(grid, x) if up else torch.searchsorted(grid, x, right=True) - 1
     rounded = grid[index.clamp(0, grid.numel() - 1)]

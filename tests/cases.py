@@ -18,6 +18,8 @@ GROUPS = (1, 2, 3, 4, 7, 8, 16)
 PAGE_SIZES = (8, 16, 32, 64, 128)
 HEAD_DIMS = (64, 128, 256)
 HEAD_REDUCTIONS = ("max", "mean", "none")
+FP8 = torch.float8_e4m3fn
+METADATA_DTYPES = (None, FP8)  # None: the cache's
 JUNK_BLOCKS = (2**30, -7, 2**31 - 1, -(2**31))
 
 OUT_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -45,6 +47,7 @@ class Shape:
     dtype: torch.dtype = torch.float16
     layout: str = "NHD"
     seed: int = 0
+    metadata_dtype: torch.dtype | None = None
 
     def __post_init__(self):
         assert max(self.lengths) <= self.max_blocks * self.block_size, "a request is longer than its block table"
@@ -92,6 +95,7 @@ def shapes(draw, device, **fixed):
         "head_dim": draw(st.sampled_from(HEAD_DIMS)),
         "dtype": draw(st.sampled_from(dtypes(device))),
         "layout": draw(st.sampled_from(LAYOUTS)),
+        "metadata_dtype": draw(st.sampled_from(METADATA_DTYPES)),
         "seed": draw(st.integers(0, 2**20)),
     }
     return Shape(**(drawn | fixed))
@@ -142,7 +146,7 @@ def make_pool(shape, device):
 
 def make_metadata(shape, device):
     size = (shape.num_blocks, shape.kv_heads, shape.pages_per_block, 2, shape.head_dim)
-    return torch.full(size, torch.nan, dtype=shape.dtype, device=device)
+    return torch.full(size, torch.nan, dtype=shape.metadata_dtype or shape.dtype, device=device)
 
 
 def make_block_table(shape):

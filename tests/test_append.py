@@ -5,7 +5,9 @@ import dataclasses
 import pytest
 import torch
 from cases import (
+    FP8,
     LAYOUTS,
+    METADATA_DTYPES,
     Shape,
     assert_same_bits,
     build,
@@ -161,9 +163,10 @@ def test_slots_of_a_page_may_come_in_any_order(device):
     shuffled.assert_same(pool)
 
 
+@pytest.mark.parametrize("metadata_dtype", METADATA_DTYPES)
 @pytest.mark.parametrize("token", [0, 7, 15])
-def test_a_nan_key_is_never_hidden(device, token):
-    shape = Shape(lengths=(16,), max_blocks=1, head_dim=128)
+def test_a_nan_key_is_never_hidden(device, token, metadata_dtype):
+    shape = Shape(lengths=(16,), max_blocks=1, head_dim=128, metadata_dtype=metadata_dtype)
     key, value = random_tokens(shape, 16, device)
     key[token, 1, [0, 77, 127]] = torch.nan
     pool = Pool(shape, device)
@@ -172,9 +175,10 @@ def test_a_nan_key_is_never_hidden(device, token):
     assert nan.sum() == 6 and nan[1][:, [0, 77, 127]].all()
 
 
-def test_zero_bounds_are_plus_zero(device):
+@pytest.mark.parametrize("metadata_dtype", METADATA_DTYPES)
+def test_zero_bounds_are_plus_zero(device, metadata_dtype):
     for dtype in dtypes(device):
-        shape = Shape(lengths=(16,), max_blocks=1, dtype=dtype)
+        shape = Shape(lengths=(16,), max_blocks=1, dtype=dtype, metadata_dtype=metadata_dtype)
         key, value = random_tokens(shape, 16, device)
         key[:, :, :32] = -0.0
         key[8:, :, :16] = 0.0
@@ -184,14 +188,15 @@ def test_zero_bounds_are_plus_zero(device):
         assert_same_bits(bounds, torch.zeros_like(bounds))
 
 
-def test_infinite_keys_stay_infinite(device):
-    shape = Shape(lengths=(16,), max_blocks=1)
+@pytest.mark.parametrize("metadata_dtype, largest", [(None, torch.inf), (FP8, 448.0)])
+def test_infinite_keys_give_the_largest_bound_there_is(device, metadata_dtype, largest):
+    shape = Shape(lengths=(16,), max_blocks=1, metadata_dtype=metadata_dtype)
     key, value = random_tokens(shape, 16, device)
     key[3, 0, 0], key[4, 1, 1] = torch.inf, -torch.inf
     pool = Pool(shape, device)
     pool.append(0, 0, key, value)
-    bounds = pool.page_metadata[int(pool.block_table[0, 0]), :, 0]
-    assert bounds[0, 1, 0] == torch.inf and bounds[1, 0, 1] == -torch.inf
+    bounds = pool.page_metadata[int(pool.block_table[0, 0]), :, 0].float()
+    assert bounds[0, 1, 0] == largest and bounds[1, 0, 1] == -largest
 
 
 @pytest.mark.parametrize("slots", [[], [-1, -1, -5]], ids=["empty", "skipped"])
@@ -203,12 +208,14 @@ def test_nothing_to_write_writes_nothing(device, slots):
     assert pool.k_cache.isnan().all() and pool.v_cache.isnan().all() and pool.page_metadata.isnan().all()
 
 
+@pytest.mark.parametrize("metadata_dtype", METADATA_DTYPES)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_every_layout_and_dtype_ends_in_the_same_bits(device, head_dim):
+def test_every_layout_and_dtype_ends_in_the_same_bits(device, head_dim, metadata_dtype):
     for dtype in dtypes(device):
         pools = []
         for layout in LAYOUTS:
             shape = Shape((100, 47), 4, 16, 2, head_dim=head_dim, dtype=dtype, layout=layout)
+            shape = dataclasses.replace(shape, metadata_dtype=metadata_dtype)
             pools.append(Pool(shape, device))
             for b, length in enumerate(shape.lengths):
                 pools[-1].append(b, 0, *random_tokens(shape, length, device, salt=b))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import BAD_INPUT, Shape, build, fused_slices, make_block_table, slots_of
+from cases import BAD_INPUT, FP8, Shape, build, fused_slices, make_block_table, slots_of
 
 import quest_ops
 
@@ -85,6 +85,22 @@ def as_float64(x):
     return x.double()
 
 
+def as_bfloat16(x):
+    return x.bfloat16()
+
+
+def as_int8(x):
+    return x.to(torch.int8)
+
+
+def as_e4m3(x):
+    return x.to(FP8)
+
+
+def as_e5m2(x):
+    return x.to(torch.float8_e5m2)
+
+
 def as_int64(x):
     return x.long()
 
@@ -139,6 +155,8 @@ def each(tensors, *changes):
 
 WRONG = [
     *each(FLOAT_TENSORS, with_rank_more, as_float64, last_dimension_strided, rows_unaligned, start_unaligned),
+    *[w for w in each(FLOAT_TENSORS, as_bfloat16, as_e5m2, as_int8) if w[1] == "page_metadata"],
+    *[w for w in each(FLOAT_TENSORS, as_e4m3) if w[1] != "page_metadata"],
     # Metadata of rank 4 is right too, and says then that a block is one page.
     *[w for w in each(FLOAT_TENSORS, with_rank_less) if w[1] != "page_metadata"],
     *each(INT32_TENSORS, as_int64, with_rank_more, longer, strided_integers),
@@ -227,6 +245,15 @@ def test_the_message_gives_what_was_received_and_what_is_supported(device, op):
     arguments[name] = arguments[name].double()
     assert_rejected(op, arguments, "float64")
     assert_rejected(op, arguments, "float32|float16")
+
+
+@pytest.mark.parametrize("op", ["append", "update", "scores", "quest"])
+def test_a_metadata_dtype_unlike_the_caches_is_named_beside_those_that_are_supported(device, op):
+    arguments = good_arguments(op, device)
+    for dtype in ("bfloat16", "float8_e5m2", "int8"):
+        wrong = arguments["page_metadata"].to(getattr(torch, dtype))
+        assert_rejected(op, arguments | {"page_metadata": wrong}, f"page_metadata.*float16.*float8_e4m3fn.*{dtype}")
+    OPS[op](**arguments | {"page_metadata": as_e4m3(arguments["page_metadata"])})
 
 
 @pytest.mark.parametrize("op", ["append", "update", "attend", "quest", "scores"])

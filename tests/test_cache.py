@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from cases import assert_same_bits
+from cases import FP8, assert_same_bits
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
@@ -53,10 +53,12 @@ def contents(cache, seq, layer):
 class History(RuleBasedStateMachine):
     device = "cpu"
     pages_per_block = 1
+    metadata_dtype = None
 
     def __init__(self):
         super().__init__()
-        self.cache = make_cache(self.device, pages_per_block=self.pages_per_block)
+        settings = {"pages_per_block": self.pages_per_block, "metadata_dtype": self.metadata_dtype}
+        self.cache = make_cache(self.device, **settings)
         self.model = {}  # sequence -> names of its tokens
         self.cut = set()  # sequences rolled back since their last append: their last page's metadata is a looser bound
         self.next_name = 0
@@ -189,13 +191,14 @@ class History(RuleBasedStateMachine):
                 ops.update_page_metadata(self.cache.k_cache(layer), fresh, table, lengths, torch.zeros_like(lengths))
                 kept, fresh = (m[table[0].long()].transpose(1, 2).flatten(0, 1)[:pages] for m in (kept, fresh))
                 assert_same_bits(kept[:exact], fresh[:exact])
-                assert (kept[exact:, :, 0] <= fresh[exact:, :, 0]).all()
-                assert (kept[exact:, :, 1] >= fresh[exact:, :, 1]).all()
+                kept, fresh = kept[exact:].float(), fresh[exact:].float()
+                assert (kept[:, :, 0] <= fresh[:, :, 0]).all() and (kept[:, :, 1] >= fresh[:, :, 1]).all()
 
 
-@pytest.mark.parametrize("pages_per_block", [1, 2])
-def test_any_history_is_exact(device, pages_per_block):
-    machine = type("History", (History,), {"device": device, "pages_per_block": pages_per_block})
+@pytest.mark.parametrize("pages_per_block, metadata_dtype", [(1, None), (2, None), (2, FP8)])
+def test_any_history_is_exact(device, pages_per_block, metadata_dtype):
+    settings_of_cache = {"pages_per_block": pages_per_block, "metadata_dtype": metadata_dtype}
+    machine = type("History", (History,), {"device": device} | settings_of_cache)
     run_state_machine_as_test(machine, settings=settings(max_examples=40, stateful_step_count=50))
 
 
@@ -209,7 +212,26 @@ def test_pools_are_hnd_views_of_one_allocation():
     assert v_cache.data_ptr() == cache.pool[1, 0, 1].data_ptr()
     assert cache.page_metadata(1).shape == (5, 2, 2, 2, 64) and cache.page_metadata(1).is_contiguous()
     assert cache.kv_bytes == 3 * 5 * 2 * 2 * 32 * 64 * 2
-    assert cache.metadata_bytes == cache.kv_bytes // 16
+    assert cache.metadata_bytes == cache.kv_bytes // 16 and cache.metadata_dtype == torch.bfloat16
+
+
+def test_8_bit_metadata_takes_a_byte_a_number_and_is_copied_with_its_block(device):
+    cache = make_cache(device, metadata_dtype=FP8)
+    assert cache.metadata_dtype == FP8 and cache.dtype == torch.float16
+    assert cache.metadata_bytes == LAYERS * BLOCKS * HEADS * 2 * DIM == cache.kv_bytes // PAGE // 2
+    parent = cache.add()
+    cache.extend(parent, PAGE + 3)
+    write(cache, parent, 0, list(range(PAGE + 3)))
+    child = cache.fork(parent)  # copies the partial block
+    cache.rollback(child, 4)
+    cache.extend(child, 1)  # copies the full one: 7 of its 8 tokens are still shared
+    (first, last), (copy, _) = cache.block_ids(parent), cache.block_ids(cache.fork(parent))
+    assert copy == first != cache.block_ids(child)[0]
+    for layer in range(LAYERS):
+        metadata = cache.page_metadata(layer)
+        assert metadata.dtype == FP8 and not metadata[[first, last]].isnan().any()
+        assert_same_bits(metadata[cache.block_ids(child)[0]], metadata[first])
+        assert_same_bits(metadata[cache.block_ids(cache.fork(parent))[1]], metadata[last])
 
 
 def test_extending_a_shared_block_copies_it_first():
@@ -332,7 +354,9 @@ def test_bad_operations_are_named_and_change_nothing():
         ({"pages_per_block": 0}, ValueError, "pages_per_block"),
         ({"dtype": torch.float64}, ValueError, "dtype.*float64"),
         ({"dtype": "float16"}, ValueError, "dtype.*'float16'"),
-        ({"metadata_dtype": torch.float8_e4m3fn}, ValueError, "metadata_dtype.*float8"),
+        ({"metadata_dtype": torch.float8_e5m2}, ValueError, "metadata_dtype.*bfloat16.*float8_e4m3fn.*float8_e5m2"),
+        ({"metadata_dtype": torch.float16}, ValueError, "metadata_dtype.*bfloat16.*float8_e4m3fn.*float16"),
+        ({"metadata_dtype": "float8_e4m3fn"}, ValueError, "metadata_dtype.*'float8_e4m3fn'"),
         ({"device": "meta"}, ValueError, "device.*meta"),
         ({"device": "cuda", "dtype": torch.float32}, ValueError, "float32.*CPU"),
         ({"max_sequence_tokens": 0}, ValueError, "max_sequence_tokens"),

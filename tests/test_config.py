@@ -61,6 +61,8 @@ def test_a_config_is_frozen_and_hashable():
         ({"dense_layers": ("0",)}, TypeError, "dense_layers.*'0'"),
         ({"head_reduction": "sum"}, ValueError, "head_reduction.*max.*'sum'"),
         ({"metadata_dtype": "bfloat16"}, TypeError, "metadata_dtype.*'bfloat16'"),
+        ({"metadata_dtype": torch.float8_e5m2}, ValueError, "metadata_dtype.*float8_e4m3fn.*float8_e5m2"),
+        ({"metadata_dtype": torch.int8}, ValueError, "metadata_dtype.*int8"),
         ({"page_budget": 3}, TypeError, "page_budget"),
     ],
 )
@@ -69,5 +71,6 @@ def test_bad_settings_are_named(settings, error, named):
         QuestConfig(**settings)
 
 
-def test_metadata_dtype_is_a_dtype():
-    assert QuestConfig(metadata_dtype=torch.float16).metadata_dtype == torch.float16
+def test_metadata_may_have_the_dtype_of_a_cache_or_8_bits():
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn):
+        assert QuestConfig(metadata_dtype=dtype).metadata_dtype == dtype

@@ -6,7 +6,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from cases import Shape, assert_same_bits, build, fused_slices, make_block_table, make_metadata, make_pool, slots_of
+from cases import (
+    FP8,
+    Shape,
+    assert_same_bits,
+    build,
+    fused_slices,
+    make_block_table,
+    make_metadata,
+    make_pool,
+    slots_of,
+)
 
 import quest_ops
 
@@ -28,6 +38,7 @@ class Decode:
         )
         self.seq_lens = torch.zeros(tokens, dtype=torch.int32, device=device)
         self.slots = torch.full((tokens,), -1, dtype=torch.int64, device=device)
+        self.workspace = torch.zeros(quest_ops.ops.WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self.step_number = 0
 
     def prepare(self, lengths):
@@ -49,8 +60,9 @@ class Decode:
         quest_ops.append_paged_kv(self.key, self.value, self.k_cache, self.v_cache, self.page_metadata, self.slots)
         inputs = self.query, self.k_cache, self.v_cache
         tables = self.block_table, self.seq_lens
-        quest = quest_ops.quest_decode_attention(*inputs, self.page_metadata, *tables, 8, 1, 2, "max")
-        dense = quest_ops.sparse_decode_attention(*inputs, *tables, page_size=self.shape.page_size)
+        options = {"workspace": self.workspace}  # the layers of a step share one
+        quest = quest_ops.quest_decode_attention(*inputs, self.page_metadata, *tables, 8, 1, 2, "max", **options)
+        dense = quest_ops.sparse_decode_attention(*inputs, *tables, page_size=self.shape.page_size, **options)
         return quest + dense
 
     def capture(self):
@@ -77,10 +89,11 @@ class Decode:
 SHAPES = [
     Shape((0, 0), 64, group=4, head_dim=128, dtype=torch.bfloat16),
     Shape((0, 0, 0), 40, 16, 2, 4, 2, 3, head_dim=64, layout="vllm"),
+    Shape((0, 0), 64, group=4, head_dim=128, dtype=torch.bfloat16, metadata_dtype=FP8),
 ]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=["one row", "four rows"])
+@pytest.mark.parametrize("shape", SHAPES, ids=["one row", "four rows", "8-bit metadata"])
 def test_replay_with_growing_lengths_equals_eager(shape):
     """Captured on empty slots, replayed over page, block and budget boundaries; one slot pauses and comes back."""
     eager, captured = Decode(shape), Decode(shape)
@@ -100,6 +113,7 @@ def test_replay_with_growing_lengths_equals_eager(shape):
             assert not e.isnan().any()
             assert_same_bits(a, e)
     assert_same_bits(captured.page_metadata, eager.page_metadata)
+    assert not captured.workspace.any() and not eager.workspace.any()
 
 
 def test_replay_reaches_the_longest_length():

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from cases import OUT_TOLERANCE, dtypes
+from cases import FP8, METADATA_DTYPES, OUT_TOLERANCE, dtypes
 
 from quest_ops import dense, ops
 from quest_ops.attention import QuestAttention
@@ -130,9 +130,10 @@ def test_any_history_attends_exactly_to_what_was_written(device, backend, pages_
         run_history(Loop(make_attention(cache, covering, backend=backend)))
 
 
-def test_a_small_budget_is_the_op_with_the_settings_of_the_config(device):
+@pytest.mark.parametrize("metadata_dtype", METADATA_DTYPES)
+def test_a_small_budget_is_the_op_with_the_settings_of_the_config(device, metadata_dtype):
     config = make_config(token_budget=6 * PAGE, sink_tokens=2 * PAGE, recent_tokens=3 * PAGE, head_reduction="mean")
-    cache = make_cache(device)
+    cache = make_cache(device, metadata_dtype=metadata_dtype)
     attention = make_attention(cache, config, sm_scale=0.2)
     loop = Loop(attention)
     seqs = [cache.add(), cache.add()]
@@ -351,6 +352,7 @@ def test_run_names_what_is_wrong_and_writes_nothing():
         ),
         ({"config": make_config(dense_layers=(2,))}, ValueError, "dense_layers.*2 layers"),
         ({"config": make_config(metadata_dtype=torch.bfloat16)}, ValueError, "metadata_dtype.*bfloat16"),
+        ({"config": make_config(metadata_dtype=FP8)}, ValueError, "metadata_dtype.*float8_e4m3fn.*float16"),
         ({"config": {"page_size": 8}}, TypeError, "config must be a QuestConfig, got dict"),
         ({"backend": "flashinfer"}, ValueError, "'flashinfer' needs a cache on a CUDA GPU.*cpu"),
     ],

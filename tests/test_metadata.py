@@ -2,7 +2,19 @@
 
 import pytest
 import torch
-from cases import LAYOUTS, Shape, assert_same_bits, build, dtypes, make_block_table, make_metadata, shapes, slots_of
+from cases import (
+    FP8,
+    LAYOUTS,
+    METADATA_DTYPES,
+    Shape,
+    assert_same_bits,
+    build,
+    dtypes,
+    make_block_table,
+    make_metadata,
+    shapes,
+    slots_of,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -41,11 +53,13 @@ def test_update_covers_only_pages_that_hold_a_token_of_the_span(device):
         assert (metadata[others] == 7).all()
 
 
+@pytest.mark.parametrize("metadata_dtype", METADATA_DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("page_size, pages_per_block", [(8, 8), (16, 3), (128, 1)])
-def test_update_equals_append(device, layout, page_size, pages_per_block):
+def test_update_equals_append(device, layout, page_size, pages_per_block, metadata_dtype):
+    sizes = {"lengths": (300, 129), "max_blocks": 7, "page_size": page_size, "pages_per_block": pages_per_block}
     for dtype in dtypes(device):
-        shape = Shape((300, 129), 7, page_size, pages_per_block, head_dim=128, dtype=dtype, layout=layout)
+        shape = Shape(**sizes, head_dim=128, dtype=dtype, layout=layout, metadata_dtype=metadata_dtype)
         case = build(shape, device)
         updated, appended = make_metadata(shape, device), make_metadata(shape, device)
         update(case, updated, torch.zeros_like(case.request_lens))
@@ -85,8 +99,9 @@ def test_metadata_without_parts_means_one_page_a_block(device):
     assert_same_bits(metadata, case.page_metadata.squeeze(2))
 
 
-def test_nan_keys_stay_nan_in_their_channel(device):
-    shape = Shape((48,), 3)
+@pytest.mark.parametrize("metadata_dtype", METADATA_DTYPES)
+def test_nan_keys_stay_nan_in_their_channel(device, metadata_dtype):
+    shape = Shape((48,), 3, metadata_dtype=metadata_dtype)
     case = build(shape, device)
     block = int(case.block_table[0, 1])
     case.k_cache[block, 5, 1, 9] = torch.nan
@@ -96,21 +111,39 @@ def test_nan_keys_stay_nan_in_their_channel(device):
     assert metadata[case.block_table[0].long()].isnan().sum() == 2
 
 
-def test_twin_rounds_8_bit_bounds_outward():
-    """What the twins store in float8_e4m3fn is still a bound, saturates at 448, and keeps what fits exactly."""
-    keys = torch.cat([torch.linspace(-448, 448, 8001), torch.logspace(-12, 2, 400), -torch.logspace(-12, 2, 400)])
-    fits = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    keys = torch.cat([keys, fits[fits.isfinite()], torch.zeros(63)])[: 64 * (8801 // 64)].view(-1, 1, 1, 64)
-    k_cache = torch.cat([keys, torch.full((1, 1, 1, 64), 1e4), torch.full((1, 1, 1, 64), -torch.inf)])
-    metadata = torch.zeros(k_cache.size(0), 1, 1, 2, 64).to(torch.float8_e4m3fn)
-    table = torch.arange(k_cache.size(0), dtype=torch.int32)[:, None]
-    lens = torch.ones(k_cache.size(0), dtype=torch.int32)
-    reference.update_page_metadata(k_cache, metadata, table, lens, torch.zeros_like(lens))
-    lo, hi = metadata[:, 0, 0, 0].float(), metadata[:, 0, 0, 1].float()
-    key = k_cache[:, 0, 0]
-    within = key.abs() <= 448
-    assert (lo <= key)[within].all() and (hi >= key)[within].all()
-    assert (hi - lo <= key.abs().clamp(min=2**-6) / 8 + 1e-6)[within].all(), "more than one step apart"
-    exact = key.to(torch.float8_e4m3fn).float() == key
-    assert torch.equal(lo[within & exact], key[within & exact]) and torch.equal(hi[within & exact], key[within & exact])
-    assert (lo[-2:].abs() == 448).all() and (hi[-2:].abs() == 448).all()
+def every_number(dtype):
+    """Finite, infinite or NaN: all those of a 16-bit dtype; of float32 those beside an 8-bit number and many others."""
+    if dtype != torch.float32:
+        return torch.arange(-(2**15), 2**15, dtype=torch.int32).short().view(dtype)
+    fits = torch.arange(256, dtype=torch.uint8).view(FP8).float()
+    infinity = torch.tensor(torch.inf)
+    bits = torch.randint(-(2**31), 2**31 - 1, (2**15,), generator=torch.Generator().manual_seed(0))
+    return torch.cat([fits, fits.nextafter(infinity), fits.nextafter(-infinity), bits.int().view(torch.float32)])
+
+
+def test_8_bit_bounds_of_every_number_are_the_nearest_outward(device):
+    """Stored by the op as by the twin: still a bound, the closest there is, saturating at 448; exact where it fits."""
+    grid = torch.arange(256, dtype=torch.uint8).view(FP8).float()
+    grid = grid[grid.isfinite()].unique()
+    for dtype in dtypes(device):
+        key = every_number(dtype).view(-1, 64)
+        k_cache = key[:, None, None].repeat(1, 8, 1, 1)  # [num_blocks, 8, 1, 64]
+        table = torch.arange(len(key), dtype=torch.int32)[:, None]
+        lens = torch.ones(len(key), dtype=torch.int32)
+        inputs = table, lens, torch.zeros_like(lens)
+        expected = torch.zeros(len(key), 1, 1, 2, 64).to(FP8)
+        metadata = expected.to(device)
+        reference.update_page_metadata(k_cache, expected, *inputs)
+        quest_ops.update_page_metadata(k_cache.to(device), metadata, *(x.to(device) for x in inputs))
+        assert_same_bits(metadata, expected)
+
+        key, (lo, hi) = key.float(), expected[:, 0, 0].float().unbind(1)
+        assert torch.equal(lo.isnan(), key.isnan()) and torch.equal(hi.isnan(), key.isnan())
+        assert (lo.abs()[key.abs() > 448] == 448).all() and (hi.abs()[key.abs() > 448] == 448).all()
+        within = key.abs() <= 448
+        key, lo, hi = key[within], lo[within], hi[within]
+        below, above = grid[torch.searchsorted(grid, key, right=True) - 1], grid[torch.searchsorted(grid, key)]
+        assert torch.equal(lo, below) and torch.equal(hi, above)
+        assert (lo <= key).all() and (key <= hi).all()
+        zero = torch.cat([lo[lo == 0], hi[hi == 0]])
+        assert len(zero) and not zero.signbit().any()

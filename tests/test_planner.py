@@ -64,66 +64,91 @@ def test_walking_blocks(chip, items, max_pages, pages_per_block, blocks):
     [
         (H100, 1, 128, 16),  # the largest team there is
         (H100, 8, 128, 16),  # GQA, batch 1: 128 blocks, one an SM
-        (H100, 9, 128, 16),  # 144 blocks: two on some SMs
-        (H100, 16, 128, 16),
-        (H100, 17, 128, 8),
-        (H100, 32, 128, 8),  # MHA, batch 1: 256 of the 264 blocks that are resident at once
-        (H100, 33, 128, 8),
-        (H100, 34, 128, 4),
+        (H100, 8, 256, 16),
+        (H100, 9, 128, 8),  # 144 blocks of teams of 16 would be two on some SMs
+        (H100, 16, 128, 8),
+        (H100, 17, 128, 4),
+        (H100, 32, 128, 4),  # MHA, batch 1
+        (H100, 33, 128, 4),
+        (H100, 34, 128, 4),  # 136 blocks: teams of 2 would have an SM a block, so two an SM
         (H100, 64, 64, 4),
+        (H100, 66, 128, 4),  # 264 blocks: as many as are resident
         (H100, 67, 128, 2),
         (H100, 132, 128, 2),
         (H100, 133, 128, 0),  # 266 blocks would not all be resident
-        (H100, 8, 256, 16),  # D of 256: one block an SM
-        (H100, 9, 256, 8),
-        (H100, 32, 256, 4),
+        (H100, 33, 256, 4),
+        (H100, 34, 256, 2),  # D of 256: never two an SM
         (H100, 66, 256, 2),
         (H100, 67, 256, 0),
         (H100, 10**10, 128, 0),
         (H100, 0, 128, 0),  # no rows
-        (H200_SLICE, 8, 128, 8),
+        (H200_SLICE, 3, 128, 16),
+        (H200_SLICE, 8, 128, 4),
         (H200_SLICE, 60, 128, 2),
         (H200_SLICE, 61, 128, 0),
-        (B200, 37, 128, 8),
+        (B200, 9, 128, 16),
+        (B200, 37, 128, 4),
         (A100, 8, 128, 0),
     ],
 )
-def test_team_of_the_fused_step(chip, teams, head_dim, team_size):
-    planned = _C.plan_fused(**chip, teams=teams, group=4, head_dim=head_dim, max_pages=2048)
-    assert planned["team_size"] == team_size
+@pytest.mark.parametrize("max_pages", [0, 2048])  # 0: dense attention
+def test_team_of_one_launch(chip, teams, head_dim, team_size, max_pages):
+    assert _C.plan_team(**chip, teams=teams, group=4, head_dim=head_dim, max_pages=max_pages) == team_size
 
 
 @pytest.mark.parametrize(
-    ("capability", "group", "max_pages", "planned"),
+    ("capability", "group", "max_pages", "team_size"),
     [
-        (90, 1, 1, (16, 8)),
-        (90, 8, 2048, (16, 8)),  # 256 threads hold 8 keys each
-        (90, 8, 2049, (16, 32)),
-        (120, 8, 8192, (16, 32)),
-        (90, 8, 8193, (0, None)),  # more pages than a block's keys
-        (90, 9, 2048, (0, None)),  # more query heads than columns of an mma
-        (89, 8, 2048, (0, None)),
-        (80, 8, 2048, (0, None)),
+        (90, 1, 1, 16),
+        (90, 8, 0, 16),
+        (90, 8, 4097, 16),  # blocks exchange shortlists
+        (90, 8, 16384, 16),  # 256 threads hold 64 keys each
+        (120, 8, 16384, 16),
+        (90, 8, 16385, 0),
+        (90, 9, 2048, 0),  # more query heads than columns of an mma
+        (90, 9, 0, 0),
+        (89, 8, 2048, 0),
+        (89, 8, 0, 0),
+        (80, 8, 2048, 0),
     ],
 )
-def test_which_steps_are_fused(capability, group, max_pages, planned):
+def test_which_steps_take_one_launch(capability, group, max_pages, team_size):
     shape = {"teams": 8, "group": group, "head_dim": 128, "max_pages": max_pages}
-    plan = _C.plan_fused(capability=capability, num_sms=132, **shape)
-    assert plan["team_size"] == planned[0]
-    assert planned[0] == 0 or plan["keys_per_thread"] == planned[1]
+    assert _C.plan_team(capability=capability, num_sms=132, **shape) == team_size
 
 
-@pytest.mark.parametrize("num_sms", [1, 7, 60, 78, 132, 148])
+@pytest.mark.parametrize(
+    ("teams", "group", "head_dim", "max_pages", "team_size"),
+    [
+        # Words of a team of 2: flags 16, parts 2 * 2 * group * D, shortlists 128 + 4096 above 4096 pages, keys.
+        (132, 4, 128, 9596, 2),  # 132 * (16 + 2048 + 4224 + 9596) * 4 = 8,386,752 of 8,388,608 bytes
+        (132, 4, 128, 9597, 0),  # keys are padded to 9,600
+        (132, 8, 128, 7548, 2),
+        (132, 8, 128, 7549, 0),
+        (132, 8, 128, 0, 2),  # dense attention meets for its output alone
+        (132, 8, 64, 9597, 0),
+        (66, 8, 128, 16384, 4),  # 66 * (16 + 8192 + 4224 + 16384) * 4 = 7,607,424 bytes
+    ],
+)
+def test_the_workspace_bounds_one_launch(teams, group, head_dim, max_pages, team_size):
+    assert _C.plan_team(**H100, teams=teams, group=group, head_dim=head_dim, max_pages=max_pages) == team_size
+
+
+@pytest.mark.parametrize("num_sms", [1, 2, 7, 60, 78, 132, 148])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_all_blocks_of_a_fused_step_are_resident(num_sms, head_dim):
+@pytest.mark.parametrize("max_pages", [0, 4096])
+def test_all_blocks_of_a_team_are_resident(num_sms, head_dim, max_pages):
     """Teams wait for their members: a block that is not running yet would never be met. And none is left idle."""
     resident = num_sms * (2 if head_dim <= 128 else 1)
     for teams in range(1, 2 * num_sms + 3):
-        shape = {"teams": teams, "group": 8, "head_dim": head_dim, "max_pages": 8192}
-        size = _C.plan_fused(capability=90, num_sms=num_sms, **shape)["team_size"]
+        shape = {"teams": teams, "group": 8, "head_dim": head_dim, "max_pages": max_pages}
+        size = _C.plan_team(capability=90, num_sms=num_sms, **shape)
         assert size in (0, 2, 4, 8, 16)
         assert teams * size <= resident
-        assert size == 16 or teams * max(2 * size, 2) > resident
+        if teams * 4 <= num_sms:  # a block an SM
+            assert size >= 4 and teams * size <= num_sms and (size == 16 or 2 * teams * size > num_sms)
+        else:
+            assert size <= 4 and teams * max(2 * size, 2) > resident
 
 
 @pytest.mark.parametrize(("capability", "overlaps"), [(80, False), (86, False), (89, False), (90, True), (120, True)])

@@ -9,6 +9,7 @@ from cases import (
     HEAD_DIMS,
     HEAD_REDUCTIONS,
     LAYOUTS,
+    METADATA_DTYPES,
     PAGE_SIZES,
     Shape,
     assert_attention_close,
@@ -88,13 +89,15 @@ def test_quest_attention_equals_its_three_steps(device, data):
     assert_equals_composition(build(shape, device), shape, budget, sink, recent, head_reduction, page_budgets)
 
 
+@pytest.mark.parametrize("metadata_dtype", METADATA_DTYPES)
 @pytest.mark.parametrize("head_reduction", HEAD_REDUCTIONS)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_every_instantiation(device, head_dim, head_reduction):
+def test_every_instantiation(device, head_dim, head_reduction, metadata_dtype):
     clear = []
     for i, group in enumerate(GROUPS):
         for dtype in dtypes(device):
-            shape = Shape((300, 121), 24, PAGE_SIZES[i % 2], 2, 1 + i % 3, 2, group, head_dim, dtype, seed=i)
+            sizes = (300, 121), 24, PAGE_SIZES[i % 2], 2, 1 + i % 3, 2, group, head_dim, dtype
+            shape = Shape(*sizes, seed=i, metadata_dtype=metadata_dtype)
             clear.append(assert_equals_composition(build(shape, device), shape, 6, 1, 2, head_reduction))
     assert sum(clear) / len(clear) > 0.9, "too few selections are far from a tie to say anything"
 

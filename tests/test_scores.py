@@ -3,9 +3,11 @@
 import pytest
 import torch
 from cases import (
+    FP8,
     GROUPS,
     HEAD_DIMS,
     HEAD_REDUCTIONS,
+    METADATA_DTYPES,
     PAGE_SIZES,
     Shape,
     assert_same_bits,
@@ -48,12 +50,14 @@ def test_scores_are_the_twins(device, data):
     assert_scores_are_the_twins(build(shape, device), shape, head_reduction)
 
 
+@pytest.mark.parametrize("metadata_dtype", METADATA_DTYPES)
 @pytest.mark.parametrize("head_reduction", HEAD_REDUCTIONS)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_every_instantiation(device, head_dim, head_reduction):
+def test_every_instantiation(device, head_dim, head_reduction, metadata_dtype):
     for i, group in enumerate(GROUPS):
         for dtype in dtypes(device):
-            shape = Shape((300, 21), 24, PAGE_SIZES[i % 2], 2, 3, 2, group, head_dim, dtype, seed=i)
+            sizes = (300, 21), 24, PAGE_SIZES[i % 2], 2, 3, 2, group, head_dim, dtype
+            shape = Shape(*sizes, seed=i, metadata_dtype=metadata_dtype)
             assert_scores_are_the_twins(build(shape, device), shape, head_reduction)
 
 
@@ -61,15 +65,37 @@ def test_every_instantiation(device, head_dim, head_reduction):
 @pytest.mark.parametrize("pages_per_block", range(1, 9))
 def test_every_page_and_block_size(device, page_size, pages_per_block):
     capacity = 3 * page_size * pages_per_block
-    shape = Shape((capacity, capacity // 2 + 1), 3, page_size, pages_per_block)
-    assert_scores_are_the_twins(build(shape, device), shape, "max")
+    for metadata_dtype in METADATA_DTYPES:
+        lengths = capacity, capacity // 2 + 1
+        shape = Shape(lengths, 3, page_size, pages_per_block, metadata_dtype=metadata_dtype)
+        assert_scores_are_the_twins(build(shape, device), shape, "max")
 
 
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_the_bound_really_bounds(device, head_dim):
+def test_every_8_bit_number_is_read_exactly(device):
+    """Subnormals and NaN too: a query of one channel scores that channel's bound."""
+    bounds = torch.arange(256, dtype=torch.uint8).view(FP8).to(device)
     for dtype in dtypes(device):
-        shape = Shape((500, 77), 32, 16, group=3, head_dim=head_dim, dtype=dtype)
-        case = build(shape, device)
+        for channel in (0, 9, 23, 63):
+            for sign in (-1, 1):
+                metadata = torch.zeros(256, 1, 2, 64, device=device).to(FP8)
+                metadata[:, 0, (sign + 1) // 2, channel] = bounds
+                query = torch.zeros(1, 1, 64, dtype=dtype, device=device)
+                query[..., channel] = sign
+                table = torch.arange(256, dtype=torch.int32, device=device)[None]
+                lens = torch.tensor([256 * 8], dtype=torch.int32, device=device)
+                scores = quest_ops.estimate_page_scores(query, metadata, table, lens, 8, "max")
+                assert_same_bits(scores[0, 0], sign * bounds.float() + 0.0)
+
+
+@pytest.mark.parametrize("metadata_dtype", METADATA_DTYPES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_the_bound_really_bounds(device, head_dim, metadata_dtype):
+    for dtype in dtypes(device):
+        shape = Shape((500, 77), 32, group=3, head_dim=head_dim, dtype=dtype, metadata_dtype=metadata_dtype)
+        # Up to 448 and down to 8-bit subnormals.
+        scale = torch.logspace(-4, 2, head_dim)
+        keys = [torch.randn(n, 2, head_dim, generator=shape.generator(n)).clamp(-4.4, 4.4) for n in shape.lengths]
+        case = build(shape, device, [scale * k for k in keys])
         scores = scores_of(case, shape, "none").cpu().double()
         exact = case.exact()
         for r, length in enumerate(shape.lengths):
@@ -93,20 +119,22 @@ def test_a_page_of_one_key_scores_its_logit(device):
     torch.testing.assert_close(scores[0, :, 0], (exact.query[0] * key).sum(-1), rtol=1e-5, atol=1e-4)
 
 
-def test_a_page_of_nan_metadata_scores_nan(device):
+@pytest.mark.parametrize("metadata_dtype", METADATA_DTYPES)
+def test_a_page_of_nan_metadata_scores_nan(device, metadata_dtype):
     for head_reduction in HEAD_REDUCTIONS:
-        shape = Shape((200,), 16, 16, group=4)
+        shape = Shape((200,), 16, 16, group=4, metadata_dtype=metadata_dtype)
         case = build(shape, device)
         case.page_metadata[int(case.block_table[0, 3])] = torch.nan
         nan = scores_of(case, shape, head_reduction).isnan()
         assert nan[..., 3].all() and nan.sum() == nan[..., 3].numel()
 
 
+@pytest.mark.parametrize("metadata_dtype", METADATA_DTYPES)
 @pytest.mark.parametrize("group", GROUPS)
-def test_one_nan_survives_the_reduction(device, group):
+def test_one_nan_survives_the_reduction(device, group, metadata_dtype):
     """A NaN in one channel of a key, or in one head of a group, whatever the other terms and heads are."""
     for head_reduction in HEAD_REDUCTIONS:
-        shape = Shape((200,), 16, 16, group=group)
+        shape = Shape((200,), 16, 16, group=group, metadata_dtype=metadata_dtype)
         case = build(shape, device)
         case.query[:, :, 5] = 0.0  # a product with zero must not hide it
         case.page_metadata[int(case.block_table[0, 3]), 0, :, :, 5] = torch.nan

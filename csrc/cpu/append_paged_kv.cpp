@@ -35,7 +35,7 @@ T* token_row(const Pool& pool, int64_t slot, int64_t block_size, int head) {
                  block * pool.block_stride + (slot - block * block_size) * pool.token_stride + head * pool.head_stride);
 }
 
-template <typename T>
+template <typename T, typename Bound>
 void append_run(const AppendParams& p, const PageRun& run, int head) {
     const int64_t block_size = int64_t(p.page_size) * p.pages_per_block;
     const size_t row_bytes = sizeof(T) * p.head_dim;
@@ -48,10 +48,8 @@ void append_run(const AppendParams& p, const PageRun& run, int head) {
                     at<T>(p.value.data, i * p.value.row_stride + head * p.value.head_stride), row_bytes);
     }
     const int64_t block = run.page / p.pages_per_block, part = run.page % p.pages_per_block;
-    T* bounds =
-        at<T>(p.metadata.data, block * p.metadata.block_stride + head * p.metadata.head_stride + part * 2 * p.head_dim);
-    store_page_bounds<T>(token_row<T>(p.k_cache, run.page * p.page_size, block_size, head), p.k_cache.token_stride,
-                         run.highest + 1, p.head_dim, bounds);
+    store_page_bounds(token_row<T>(p.k_cache, run.page * p.page_size, block_size, head), p.k_cache.token_stride,
+                      run.highest + 1, p.head_dim, page_bounds<Bound>(p.metadata, block, head, part, p.head_dim));
 }
 
 }  // namespace
@@ -59,12 +57,13 @@ void append_run(const AppendParams& p, const PageRun& run, int head) {
 void append_paged_kv(const AppendParams& p) {
     Scratch<PageRun> runs(p.num_tokens);
     const int64_t num_runs = find_page_runs(p, runs.data());
-    with_dtype(p.dtype, [&](auto element) {
+    with_dtypes(p.dtype, p.metadata.dtype, [&](auto element, auto bound) {
         using T = decltype(element);
+        using Bound = decltype(bound);
         const int64_t grain = grain_for(int64_t(sizeof(T)) * p.head_dim * p.page_size * 3);
         parallel_for(num_runs * p.num_kv_heads, grain, [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i) {
-                append_run<T>(p, runs[i / p.num_kv_heads], int(i % p.num_kv_heads));
+                append_run<T, Bound>(p, runs[i / p.num_kv_heads], int(i % p.num_kv_heads));
             }
         });
     });

@@ -1,6 +1,7 @@
 // score(page) = q+ . hi + q- . lo for every page of a row, reduced over a GQA group (QUEST, Tang et al. 2024).
 // Work item: 128 pages of one request and KV head, for each of the request's rows. Bound by reading the metadata.
 #include <limits>
+#include <type_traits>
 
 #include "isa.h"
 
@@ -10,7 +11,13 @@ namespace {
 constexpr int kChunkPages = 128;
 constexpr int kTilePages = 4;
 constexpr int kMaxTileHeads = kLanes == 16 ? 4 : 3;  // 4 pages by so many heads of sums fit in the registers
-constexpr int kPrefetchPages = 8;                    // 8 pages of 512 bytes in flight cover the latency
+constexpr int kPrefetchBytes = 4096;                 // so many in flight cover the latency
+
+// How many pages of `length` numbers a prefetch runs ahead: a tile at least.
+template <typename Bound>
+int pages_ahead(int length) {
+    return std::max(kTilePages, kPrefetchBytes / (length * int(sizeof(Bound))));
+}
 
 // Query heads as the weights of a page's [lo, hi]: q- then q+, each [2 D].
 struct Weights {
@@ -44,35 +51,49 @@ void load_mean_weights(const T* query, int64_t head_stride, int group, int head_
     }
 }
 
+// 2 * kLanes bounds, divided by kBoundsScale: of 8 bits a 256th is cheaper to make, and only the sums are scaled back.
+template <typename Bound>
+void load_bounds(const Bound* p, Vec (&v)[2]) {
+    v[0] = load(p);
+    v[1] = load(p + kLanes);
+}
+void load_bounds(const Float8E4M3* p, Vec (&v)[2]) { load_256ths(p, v); }
+
+template <typename Bound>
+constexpr float kBoundsScale = std::is_same_v<Bound, Float8E4M3> ? 256 : 1;
+
 // Scores of num_pages pages for kHeads heads. Every page goes through the same instructions wherever it lies: the last
 // tile repeats its last page. Equal pages therefore tie bit for bit.
-template <int kHeads, typename T>
-void score_pages(const T* const* pages, int num_pages, const Weights& w, int length, float (*scores)[kChunkPages]) {
+template <int kHeads, typename Bound>
+void score_pages(const Bound* const* pages, int num_pages, const Weights& w, int length, float (*scores)[kChunkPages]) {
+    const int ahead = pages_ahead<Bound>(length);
     for (int first = 0; first < num_pages; first += kTilePages) {
-        const T* page[kTilePages];
+        const Bound* page[kTilePages];
         for (int i = 0; i < kTilePages; ++i) {
             page[i] = pages[std::min(first + i, num_pages - 1)];
-            prefetch_row(pages[std::min(first + i + kPrefetchPages, num_pages - 1)], length);
+            prefetch_row(pages[std::min(first + i + ahead, num_pages - 1)], length);
         }
         Vec sums[kHeads][kTilePages] = {};
-        for (int d = 0; d < length; d += kLanes) {
-            Vec bounds[kTilePages];
-            for (int i = 0; i < kTilePages; ++i) bounds[i] = load(page[i] + d);
-            for (int g = 0; g < kHeads; ++g) {
-                const Vec weight = load(w.of_head[g] + d);
-                for (int i = 0; i < kTilePages; ++i) sums[g][i] = fma(bounds[i], weight, sums[g][i]);
+        for (int d = 0; d < length; d += 2 * kLanes) {
+            Vec bounds[kTilePages][2];
+            for (int i = 0; i < kTilePages; ++i) load_bounds(page[i] + d, bounds[i]);
+            for (int half = 0; half < 2; ++half) {
+                for (int g = 0; g < kHeads; ++g) {
+                    const Vec weight = load(w.of_head[g] + d + half * kLanes);
+                    for (int i = 0; i < kTilePages; ++i) sums[g][i] = fma(bounds[i][half], weight, sums[g][i]);
+                }
             }
         }
         for (int g = 0; g < kHeads; ++g) {
             // + 0 turns -0 into +0.
-            const Vec4 tile = sum4(sums[g][0], sums[g][1], sums[g][2], sums[g][3]) + Vec4{};
+            const Vec4 tile = sum4(sums[g][0], sums[g][1], sums[g][2], sums[g][3]) * kBoundsScale<Bound> + Vec4{};
             std::memcpy(scores[g] + first, &tile, sizeof(tile));
         }
     }
 }
 
-template <typename T>
-void score_tile(int heads, const T* const* pages, int num_pages, const Weights& w, int length,
+template <typename Bound>
+void score_tile(int heads, const Bound* const* pages, int num_pages, const Weights& w, int length,
                 float (*scores)[kChunkPages]) {
     switch (heads) {
         case 1: return score_pages<1>(pages, num_pages, w, length, scores);
@@ -86,8 +107,8 @@ void max_into(float* best, const float* scores) {
     for (int i = 0; i < kChunkPages; i += kLanes) store(best + i, max_nan(load(best + i), load(scores + i)));
 }
 
-template <typename T>
-void score_chunk(const EstimateParams& p, int64_t row, int kv_head, int64_t first_page, const T* const* pages,
+template <typename T, typename Bound>
+void score_chunk(const EstimateParams& p, int64_t row, int kv_head, int64_t first_page, const Bound* const* pages,
                  int num_pages) {
     const int group = p.num_q_heads / p.num_kv_heads;
     const T* query = at<T>(p.query.data, row * p.query.row_stride + kv_head * group * p.query.head_stride);
@@ -125,7 +146,7 @@ void score_chunk(const EstimateParams& p, int64_t row, int kv_head, int64_t firs
 }
 
 // One chunk of a request's pages and one KV head, for each row of the request.
-template <typename T>
+template <typename T, typename Bound>
 void estimate_item(const EstimateParams& p, int64_t request, int kv_head, int64_t first_page) {
     const Paging& paging = p.paging;
     const int64_t first_row = request * p.rows_per_request;
@@ -138,18 +159,17 @@ void estimate_item(const EstimateParams& p, int64_t request, int kv_head, int64_
     int most = 0;
     for (int64_t t = 0; t < p.rows_per_request; ++t) most = std::max(most, pages_of_row(first_row + t));
 
-    const T* pages[kChunkPages];
+    const Bound* pages[kChunkPages];
     const int32_t* table = paging.block_table + request * paging.table_stride;
     for (int i = 0; i < most; ++i) {
         const int64_t page = first_page + i;
-        pages[i] = at<T>(p.metadata.data, table[page / paging.pages_per_block] * p.metadata.block_stride +
-                                              kv_head * p.metadata.head_stride +
-                                              page % paging.pages_per_block * 2 * p.head_dim);
+        pages[i] = page_bounds<Bound>(p.metadata, table[page / paging.pages_per_block], kv_head,
+                                      page % paging.pages_per_block, p.head_dim);
     }
-    for (int i = 0; i < std::min(most, kPrefetchPages); ++i) prefetch_row(pages[i], 2 * p.head_dim);
+    for (int i = 0; i < std::min(most, pages_ahead<Bound>(2 * p.head_dim)); ++i) prefetch_row(pages[i], 2 * p.head_dim);
     for (int64_t t = 0; t < p.rows_per_request; ++t) {
         const int num_pages = pages_of_row(first_row + t);
-        if (num_pages > 0) score_chunk(p, first_row + t, kv_head, first_page, pages, num_pages);
+        if (num_pages > 0) score_chunk<T>(p, first_row + t, kv_head, first_page, pages, num_pages);
     }
 }
 
@@ -173,14 +193,15 @@ void estimate_page_scores(const EstimateParams& p) {
     const int64_t chunks = ceil_div(most_pages, kChunkPages);
     const int64_t requests = p.num_rows / std::max(p.rows_per_request, 1);
 
-    with_dtype(p.dtype, [&](auto element) {
+    with_dtypes(p.dtype, p.metadata.dtype, [&](auto element, auto bound) {
         using T = decltype(element);
+        using Bound = decltype(bound);
         const int64_t pages_an_item = std::min<int64_t>(kChunkPages, most_pages);
-        const int64_t grain = grain_for(int64_t(sizeof(T)) * 2 * p.head_dim * pages_an_item);
+        const int64_t grain = grain_for(int64_t(sizeof(Bound)) * 2 * p.head_dim * pages_an_item);
         parallel_for(requests * p.num_kv_heads * chunks, grain, [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i) {
                 const int64_t pair = i / chunks;
-                estimate_item<T>(p, pair / p.num_kv_heads, int(pair % p.num_kv_heads), i % chunks * kChunkPages);
+                estimate_item<T, Bound>(p, pair / p.num_kv_heads, int(pair % p.num_kv_heads), i % chunks * kChunkPages);
             }
         });
     });

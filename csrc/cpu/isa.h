@@ -26,7 +26,15 @@ void with_dtype(DType dtype, F f) {
         case DType::kFloat32: return f(float{});
         case DType::kFloat16: return f(Half{});
         case DType::kBFloat16: return f(BFloat16{});
+        case DType::kFloat8E4M3: return;  // metadata only: the ops refuse it elsewhere
     }
+}
+
+// Calls f with values of the dtype's and the metadata's element types.
+template <typename F>
+void with_dtypes(DType dtype, DType metadata, F f) {
+    with_dtype(dtype,
+               [&](auto element) { metadata == DType::kFloat8E4M3 ? f(element, Float8E4M3{}) : f(element, element); });
 }
 
 // Uninitialised memory for plain values.
@@ -63,6 +71,12 @@ static inline int64_t grain_for(int64_t bytes_per_item) {
 template <typename T>
 inline T* at(void* data, int64_t elements) {
     return static_cast<T*>(data) + elements;
+}
+
+// [2, D]: lo, hi of one page and KV head.
+template <typename Bound>
+inline Bound* page_bounds(const Metadata& m, int64_t block, int64_t head, int64_t part, int64_t head_dim) {
+    return at<Bound>(m.data, block * m.block_stride + head * m.head_stride + part * 2 * head_dim);
 }
 
 template <typename T>

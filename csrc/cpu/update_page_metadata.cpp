@@ -9,16 +9,15 @@ struct StalePage {
     int32_t request, page, tokens;
 };
 
-template <typename T>
+template <typename T, typename Bound>
 void update_page(const UpdateParams& p, const StalePage& stale, int head) {
     const Paging& paging = p.paging;
     const int64_t part = stale.page % paging.pages_per_block;
     const int64_t block = paging.block_table[stale.request * paging.table_stride + stale.page / paging.pages_per_block];
     const T* keys = at<T>(p.k_cache.data, block * p.k_cache.block_stride + head * p.k_cache.head_stride +
                                               part * paging.page_size * p.k_cache.token_stride);
-    T* bounds =
-        at<T>(p.metadata.data, block * p.metadata.block_stride + head * p.metadata.head_stride + part * 2 * p.head_dim);
-    store_page_bounds<T>(keys, p.k_cache.token_stride, stale.tokens, p.head_dim, bounds);
+    store_page_bounds(keys, p.k_cache.token_stride, stale.tokens, p.head_dim,
+                      page_bounds<Bound>(p.metadata, block, head, part, p.head_dim));
 }
 
 }  // namespace
@@ -43,12 +42,13 @@ void update_page_metadata(const UpdateParams& p) {
         }
     }
 
-    with_dtype(p.dtype, [&](auto element) {
+    with_dtypes(p.dtype, p.metadata.dtype, [&](auto element, auto bound) {
         using T = decltype(element);
+        using Bound = decltype(bound);
         const int64_t grain = grain_for(int64_t(sizeof(T)) * p.head_dim * page_size);
         parallel_for(num_stale * p.num_kv_heads, grain, [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i) {
-                update_page<T>(p, stale[i / p.num_kv_heads], int(i % p.num_kv_heads));
+                update_page<T, Bound>(p, stale[i / p.num_kv_heads], int(i % p.num_kv_heads));
             }
         });
     });

@@ -1,4 +1,4 @@
-// The one place that knows vector registers: kLanes floats, loaded from and stored to float, half and bfloat16.
+// The one place that knows vector registers: kLanes floats, loaded from and stored to float, half, bfloat16 and e4m3.
 // Compiled once for each instruction set, in its own namespace; elsewhere than on x86 the compiler's own vectors serve.
 #pragma once
 #include <cstdint>
@@ -24,6 +24,9 @@ struct Half {
 };
 struct BFloat16 {
     uint16_t bits;
+};
+struct Float8E4M3 {
+    uint8_t bits;
 };
 
 #if defined(__AVX512F__)
@@ -68,6 +71,18 @@ inline Vec load(const BFloat16* p) {
 
 inline Vec load(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 
+// 2 * kLanes numbers, a 256th of each: what their bits are as a half's sign, low exponent bits and high mantissa bits.
+inline void load_256ths(const Float8E4M3* p, Vec (&v)[2]) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m512i moved = _mm512_slli_epi16(_mm512_cvtepi8_epi16(bytes), 7);
+    // Bit 14 repeats the sign and must be 0, but 1 with a NaN, whose exponent is then full. Adding 1 to the 7 bits
+    // below flips it with a NaN alone.
+    const __m512i added = _mm512_add_epi16(moved, _mm512_set1_epi16(0x80));
+    const __m512i half = _mm512_xor_si512(moved, _mm512_and_si512(added, _mm512_set1_epi16(0x4000)));
+    v[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(half));
+    v[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1));
+}
+
 inline void store(Half* p, Vec v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
@@ -90,6 +105,15 @@ inline Vec load(const BFloat16* p) {
 }
 
 inline Vec load(const Half* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+
+inline void load_256ths(const Float8E4M3* p, Vec (&v)[2]) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    const __m256i moved = _mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7);
+    const __m256i added = _mm256_add_epi16(moved, _mm256_set1_epi16(0x80));
+    const __m256i half = _mm256_xor_si256(moved, _mm256_and_si256(added, _mm256_set1_epi16(0x4000)));
+    v[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(half));
+    v[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1));
+}
 
 inline void store(Half* p, Vec v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
@@ -120,6 +144,31 @@ inline Vec load(const Half* p) {
     const IntVec special = ((bits & 0x7c00) == 0x7c00) & 0x7f800000;
     const Vec scaled = reinterpret_cast<Vec>(magnitude) * 0x1p112f;
     return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(scaled) | special | ((bits & 0x8000) << 16));
+}
+
+// A 256th of what each byte stands for.
+struct E4M3Table {
+    float values[256];
+
+    constexpr E4M3Table() : values() {
+        for (int bits = 0; bits < 256; ++bits) {
+            const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+            float value = exponent == 0 ? mantissa / 8.0f : 1 + mantissa / 8.0f;
+            for (int e = exponent == 0 ? 1 : exponent; e < 15; ++e) value /= 2;
+            if ((bits & 0x7f) == 0x7f) value = __builtin_nanf("");
+            values[bits] = bits & 0x80 ? -value : value;
+        }
+    }
+};
+constexpr E4M3Table kE4M3;
+
+inline void load_256ths(const Float8E4M3* p, Vec (&v)[2]) {
+    for (Vec& half : v) {
+        Vec values{};
+        for (int i = 0; i < kLanes; ++i) values[i] = kE4M3.values[p[i].bits];
+        half = values;
+        p += kLanes;
+    }
 }
 
 // Round to nearest, ties to even.
@@ -160,6 +209,43 @@ inline void store(BFloat16* p, Vec v) {
     for (int i = 0; i < kLanes; ++i) p[i].bits = uint16_t(uint32_t(chosen[i]) >> 16);
 #endif
 }
+
+// The e4m3 bits of the nearest number not below v (up) or not above it, saturating at +-448. NaN stays; zero is +0.
+inline IntVec e4m3_outward(Vec v, bool up) {
+    const IntVec bits = reinterpret_cast<IntVec>(v);
+    const IntVec magnitude = bits & 0x7fffffff, negative = bits >> 31;
+    const IntVec away = up ? ~negative : negative;  // from zero
+    const IntVec normal = (magnitude - (120 << 23) + (away & 0xfffff)) >> 20;
+    // Below 2^-6 numbers are multiples of 2^-9.
+    const IntVec is_small = magnitude < (121 << 23);
+    const Vec multiple = reinterpret_cast<Vec>(magnitude & is_small) * 512.0f;
+    const IntVec whole = __builtin_convertvector(multiple, IntVec);
+    const IntVec small = whole - ((__builtin_convertvector(whole, Vec) < multiple) & away);
+    IntVec result = is_small ? small : normal;
+    result = result > 0x7e ? 0x7e - IntVec{} : result;
+    result |= (result != 0) & negative & 0x80;
+    return v == v ? result : 0x7f - IntVec{};
+}
+
+inline void store_bits(Float8E4M3* p, IntVec bits) {
+#if defined(__AVX512F__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(bits)));
+#else
+    for (int i = 0; i < kLanes; ++i) p[i].bits = uint8_t(bits[i]);
+#endif
+}
+
+// A lower and an upper bound: rounded outward where the type is coarser than the numbers that it bounds.
+template <typename T>
+inline void store_lower(T* p, Vec v) {
+    store(p, v);
+}
+template <typename T>
+inline void store_upper(T* p, Vec v) {
+    store(p, v);
+}
+inline void store_lower(Float8E4M3* p, Vec v) { store_bits(p, e4m3_outward(v, false)); }
+inline void store_upper(Float8E4M3* p, Vec v) { store_bits(p, e4m3_outward(v, true)); }
 
 // The sum of each of four vectors, every one by the same tree of additions: equal vectors give equal sums.
 inline Vec4 sum4(Vec a, Vec b, Vec c, Vec d) {

@@ -13,7 +13,7 @@ __device__ __forceinline__ bool continues_page(const int64_t* slots, int token, 
     return false;
 }
 
-template <class T, int D>
+template <class T, class M, int D>
 __global__ void __launch_bounds__(kWarp) append_paged_kv_kernel(const AppendParams p) {
     constexpr int kLanesPerRow = D / 8;
     let_successor_start();
@@ -48,9 +48,9 @@ __global__ void __launch_bounds__(kWarp) append_paged_kv_kernel(const AppendPara
         }
     }
     __syncwarp();  // orders the warp's stores before its loads below
-    T* bounds = static_cast<T*>(p.metadata.data) + block * p.metadata.block_stride + head * p.metadata.head_stride +
+    M* bounds = static_cast<M*>(p.metadata.data) + block * p.metadata.block_stride + head * p.metadata.head_stride +
                 part * (2 * D);
-    store_page_bounds<T, D>(keys, p.k_cache.token_stride, highest + 1, bounds);
+    store_page_bounds<T, M, D>(keys, p.k_cache.token_stride, highest + 1, bounds);
 }
 
 }  // namespace quest::cuda

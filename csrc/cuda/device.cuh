@@ -2,6 +2,7 @@
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
 #include <cstdint>
 #include <type_traits>
@@ -84,6 +85,25 @@ __device__ __forceinline__ uint32_t transpose_8x8(uint32_t x) {
     return y;
 }
 
+// 2^x; below 2^-126 it is 0.
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Of a positive normal number.
+__device__ __forceinline__ float log2_fast(float x) {
+    float y;
+    asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 __device__ __forceinline__ float max_keep_nan(float a, float b) {
     float c;
     asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
@@ -142,6 +162,15 @@ __device__ __forceinline__ void store_four(T* to, const float4& v) {
     *reinterpret_cast<uint2*>(to) = {bits_as<uint32_t>(pairs[0]), bits_as<uint32_t>(pairs[1])};
 }
 
+// Strides within a cache stay below 2^32 bytes (checked on the host), so an offset is one multiplication of 32 bits.
+template <class T>
+__device__ __forceinline__ uint32_t bytes_of(int64_t stride) {
+    return static_cast<uint32_t>(stride) * static_cast<uint32_t>(sizeof(T));
+}
+__device__ __forceinline__ const char* offset(const char* base, uint32_t index, uint32_t stride) {
+    return base + uint64_t(index) * stride;
+}
+
 template <class T>
 __device__ __forceinline__ const T* row_of(const Rows& rows, int64_t row, int64_t head) {
     return static_cast<const T*>(rows.data) + row * rows.row_stride + head * rows.head_stride;
@@ -177,7 +206,7 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shar
     return cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
 }
 
-// Calls f with the element type and head dim as types: the one place where they are chosen.
+// Calls f with the element type and head dim as types: the one place where they are chosen, but for metadata in 8 bits.
 template <class F>
 cudaError_t dispatch(DType dtype, int head_dim, F&& f) {
     auto by_dim = [&](auto element) -> cudaError_t {
@@ -193,6 +222,10 @@ cudaError_t dispatch(DType dtype, int head_dim, F&& f) {
         case DType::kBFloat16: return by_dim(__nv_bfloat16{});
         default: return cudaErrorInvalidValue;
     }
+}
+template <class T, class F>
+cudaError_t dispatch_metadata(DType dtype, T element, F&& f) {
+    return dtype == DType::kFloat8E4M3 ? f(__nv_fp8_e4m3{}) : f(element);
 }
 
 }  // namespace quest::cuda

@@ -8,8 +8,10 @@ cudaError_t launch_estimate_page_scores(const EstimateParams& p, Chip chip, cuda
                                                kTileTokens * kWarpsPerBlock);
     const dim3 grid(blocks, p.num_kv_heads, p.num_rows);
     return dispatch(p.dtype, p.head_dim, [&](auto element, auto head_dim) {
-        return launch(estimate_page_scores_kernel<decltype(element), head_dim()>, grid, kWarp * kWarpsPerBlock, 0, chip,
-                      stream, false, p);
+        return dispatch_metadata(p.metadata.dtype, element, [&](auto bound) {
+            return launch(estimate_page_scores_kernel<decltype(element), decltype(bound), head_dim()>, grid,
+                          kWarp * kWarpsPerBlock, 0, chip, stream, false, p);
+        });
     });
 }
 

@@ -6,7 +6,7 @@
 
 namespace quest::cuda {
 
-template <class T, int D>
+template <class T, class M, int D>
 __global__ void __launch_bounds__(kWarp* kWarpsPerBlock) estimate_page_scores_kernel(const EstimateParams p) {
     let_successor_start();
     wait_for_predecessor();
@@ -18,9 +18,10 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock) estimate_page_scores_ke
               num_pages = table.pages(table.visible(p.seq_lens[row]));
     if (p.skip_pages > 0 && num_pages <= p.skip_pages) return;
     const int last = p.fill_tail ? max_pages : num_pages;
-    const T* metadata = static_cast<const T*>(p.metadata.data) + kv_head * p.metadata.head_stride;
-    const bool by_query_head = p.head_reduction == HeadReduction::kNone,
-               use_max = p.head_reduction == HeadReduction::kMax;
+    using Tile = PageTile<T, M, D>;
+    const char* metadata = Tile::lane_part(p.metadata, kv_head);
+    const uint32_t block_bytes = bytes_of<M>(p.metadata.block_stride);
+    const bool by_query_head = p.head_reduction == HeadReduction::kNone;
 
     auto store = [&](int64_t heads, int head, int page, float score) {
         if (page < last) p.scores[(row * heads + head) * max_pages + page] = page < num_pages ? score : -INFINITY;
@@ -39,22 +40,24 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock) estimate_page_scores_ke
             const int page = min(first + g + 8 * half_tile, num_pages - 1);
             places[half_tile] = {table.block(page), table.part(page)};
         }
-        PageTile<T, D> tile;
-        tile.load(metadata, p.metadata.block_stride, places);
-        HeadReducer reducer;
+        Tile tile;
+        tile.load({metadata, block_bytes, places});
+        HeadReducer reducer(p.head_reduction);
         for (int first_head = 0; first_head < group; first_head += 8) {
             uint4 query[D / 32];
-            load_query<T, D>(query, row_of<T>(p.query, row, kv_head * group + min(first_head + g, group - 1)));
+            const T* head = row_of<T>(p.query, row, kv_head * group + min(first_head + g, group - 1));
+#pragma unroll
+            for (int c = 0; c < D / 32; ++c) query[c] = *reinterpret_cast<const uint4*>(head + Tile::channel(c));
             float c[4];
-            tile.multiply(c, query);
+            tile.multiply(c, [&](int chunk) { return query[chunk]; }, [](int) {});
             reducer.include(c, first_head, group);
 #pragma unroll
             for (int i = 0; i < 4; ++i)
                 if (by_query_head && first_head + 2 * t + i % 2 < group)
                     store(p.num_q_heads, kv_head * group + first_head + 2 * t + i % 2, first + g + i / 2 * 8, c[i]);
         }
-        const float scores[2] = {reducer.score(0, use_max, group), reducer.score(1, use_max, group)};
-        if (t < 2 && !by_query_head) store(p.num_kv_heads, kv_head, first + g + 8 * t, t == 0 ? scores[0] : scores[1]);
+        const float score = reducer.score(group);
+        if (t < 2 && !by_query_head) store(p.num_kv_heads, kv_head, first + g + 8 * t, score);
     }
 }
 

@@ -22,10 +22,14 @@ int32_t attention_splits(const AttentionParams& params, Chip chip);
 cudaError_t launch_sparse_decode_attention(const AttentionParams& params, const AttentionScratch& scratch, Chip chip,
                                            cudaStream_t stream);
 
-// Words of workspace that a fused launch exchanges; they must be zero when it starts, and are when it ends.
-int64_t fused_workspace_words(const FusedParams& params, const FusedPlan& plan);
+// By teams of 2^size_log2 blocks, which exchange the words of a workspace (plan.h): they must be zero when a launch
+// starts, and are when it ends.
 cudaError_t launch_clear(uint32_t* words, int64_t count, Chip chip, cudaStream_t stream);
-cudaError_t launch_quest_decode_attention(const FusedParams& params, const FusedPlan& plan, uint32_t* workspace,
+cudaError_t launch_quest_decode_attention(const FusedParams& params, int32_t size_log2, uint32_t* workspace, Chip chip,
+                                          cudaStream_t stream);
+cudaError_t launch_quest_decode_attention_8bit(const FusedParams& params, int32_t size_log2, uint32_t* workspace,
+                                               Chip chip, cudaStream_t stream);
+cudaError_t launch_dense_decode_attention(const AttentionParams& params, int32_t size_log2, uint32_t* workspace,
                                           Chip chip, cudaStream_t stream);
 
 }  // namespace quest::cuda

@@ -15,10 +15,38 @@ struct PairBounds {
     }
 };
 
+// x in e4m3, rounded down or up, saturating at 448; NaN stays NaN, zero is +0.
+__device__ __forceinline__ uint32_t outward(float x, bool up) {
+    const uint32_t nearest = __nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3);
+    const float back = __half2float(half(__nv_cvt_fp8_to_halfraw(nearest, __NV_E4M3)));
+    // Finite values in their order: 0xfe (-448) .. 0x81 are -126 .. -1, 0x80 and 0x00 are 0, 0x01 .. 0x7e are 1 .. 126.
+    const int magnitude = nearest & 0x7f;
+    int place = nearest & 0x80 ? -magnitude : magnitude;
+    if (up ? back < x : back > x) place = min(max(place + (up ? 1 : -1), -126), 126);
+    return place < 0 ? 0x80 - place : place;
+}
+
+// Eight bounds of this lane, stored in the metadata's type.
+template <class T>
+__device__ __forceinline__ void store_bounds(T* to, const uint32_t (&pairs)[4], bool) {
+    *reinterpret_cast<uint4*>(to) = {pairs[0], pairs[1], pairs[2], pairs[3]};
+}
+template <class T>
+__device__ __forceinline__ void store_bounds(__nv_fp8_e4m3* to, const uint32_t (&pairs)[4], bool up) {
+    uint32_t words[2];
+#pragma unroll
+    for (int w = 0; w < 2; ++w) {
+        const float2 a = Packed<T>::to_floats(bits_as<typename Packed<T>::Pair>(pairs[2 * w]));
+        const float2 b = Packed<T>::to_floats(bits_as<typename Packed<T>::Pair>(pairs[2 * w + 1]));
+        words[w] = outward(a.x, up) | outward(a.y, up) << 8 | outward(b.x, up) << 16 | outward(b.y, up) << 24;
+    }
+    *reinterpret_cast<uint2*>(to) = {words[0], words[1]};
+}
+
 // Lanes read 16 bytes: D / 8 of them a row, so kWarp * 8 / D rows at once. `keys`: the page's first key, of `count` >=
 // 1 keys.
-template <class T, int D>
-__device__ void store_page_bounds(const T* keys, int64_t token_stride, int count, T* bounds) {
+template <class T, class M, int D>
+__device__ void store_page_bounds(const T* keys, int64_t token_stride, int count, M* bounds) {
     using Pair = typename Packed<T>::Pair;
     constexpr int kLanesPerRow = D / 8, kRowsAtOnce = kWarp / kLanesPerRow, kUnroll = 4;  // 4 loads in flight a lane
     const int lane = threadIdx.x % kWarp, channel = lane % kLanesPerRow * 8, row_of_lane = lane / kLanesPerRow;
@@ -56,8 +84,8 @@ __device__ void store_page_bounds(const T* keys, int64_t token_stride, int count
         hi[w] = bits_as<uint32_t>(__hadd2(pairs[w].hi, zero));
     }
     if (row_of_lane == 0) {
-        *reinterpret_cast<uint4*>(bounds + channel) = {lo[0], lo[1], lo[2], lo[3]};
-        *reinterpret_cast<uint4*>(bounds + D + channel) = {hi[0], hi[1], hi[2], hi[3]};
+        store_bounds<T>(bounds + channel, lo, false);
+        store_bounds<T>(bounds + D + channel, hi, true);
     }
 }
 

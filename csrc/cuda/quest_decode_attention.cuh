@@ -1,249 +1,297 @@
-// Score, select, attend and merge in one launch (sm_90 and later).
-// Grid: a team of blocks for each (row, KV head), blocks team * size + rank, all of them resident. Each block scores
-// its tiles of pages and publishes their keys; each finds the same selection from all keys; the chosen pages are dealt
-// out evenly; each block merges a slice of the output. Blocks exchange words through L2, and a word is its own flag: 0
-// means not written yet. Every word that was written is zero again when the launch ends, so a workspace that starts as
-// zeros serves any number of launches. Bound by reading the metadata and the chosen K and V, and by the latency of two
-// exchanges.
+// Decode attention by teams in one launch (sm_90 and later): score, select, attend and merge; or, without metadata,
+// attend to every page and merge. Grid: a team of blocks for each (row, KV head), blocks team * size + rank, all of
+// them resident. Each block scores its tiles of pages and publishes their keys; each finds the same selection from all
+// keys; the chosen pages are dealt out evenly; each block merges a slice of the output. Blocks exchange words through
+// L2, and a word is its own flag: 0 means not written yet. Every word that was written is zero again when the launch
+// ends, so a workspace that starts as zeros serves any number of launches. Bound by reading the metadata and the chosen
+// K and V, and by the latency of two exchanges.
 #pragma once
-#include "attend_tile.cuh"
 #include "launch.h"
 #include "score_tile.cuh"
-#include "team.cuh"
-#include "topk_threshold.cuh"
+#include "team_guess.cuh"
+#include "team_merge.cuh"
+#include "team_shortlist.cuh"
 
 namespace quest::cuda {
 
-constexpr int kTeamThreads = 256, kTeamWarps = kTeamThreads / kWarp;
-
-struct FusedShared {
-    BlockSelect<kTeamThreads>::Shared select;
-    float top[kTeamWarps][kGroupHeads], sum[kTeamWarps][kGroupHeads];
-};
-
-// Finds the selection from the team's published keys and lists the pages that are dealt to this block, in order.
-template <int kKeys>
-__device__ __forceinline__ void deal_selected_pages(const FusedParams& p, const TeamSpace& space, int num_pages,
-                                                    int kept, int rank, int size_log2, FusedShared& shared,
-                                                    int32_t* list) {
-    BlockSelect<kTeamThreads> select{shared.select};
-    // Sink pages, the best of those between, recent pages.
-    const int first = p.sink_pages, last = num_pages - p.recent_pages, competing = last - first,
-              wanted = kept - p.sink_pages - p.recent_pages;
-    // Thread i looks at pages [i * run, (i + 1) * run); each warp also at a sample of all.
-    const int run = (num_pages + 4 * kTeamThreads - 1) / (4 * kTeamThreads) * 4, mine = threadIdx.x * run;
-    const int sample = (first + threadIdx.x % kWarp * (competing / kWarp)) / 4 * 4;
-    auto deal = [&](int position, int page) {
-        if ((position & ((1 << size_log2) - 1)) == rank) list[position >> size_log2] = page;
-    };
-    for (int i = threadIdx.x; i < p.sink_pages; i += kTeamThreads) deal(i, i);
-    for (int i = threadIdx.x; i < p.recent_pages; i += kTeamThreads) deal(kept - p.recent_pages + i, last + i);
-    // Where blocks finish far apart, each warp waits for the blocks' flags, a few words: polling all keys meanwhile
-    // would fill the L2's bandwidth. Teams of blocks that have the chip to themselves finish together and save the
-    // round trip.
-    const int lane = threadIdx.x % kWarp, size = 1 << size_log2;
-    if (size < kMaxTeam)
-        while (__any_sync(kAllLanes, lane < size && peek_word(space.done + lane) == 0)) {
-        }
-    uint32_t key[kKeys] = {}, sampled;
-    bool pending;
-    do {  // all loads, then the tests: polling one by one would serialise the round trips
-        const uint4 s = peek(space.keys + sample);
-#pragma unroll
-        for (int j = 0; j < kKeys; j += 4) {
-            uint4 v{key[j], key[j + 1], key[j + 2], key[j + 3]};
-            if (j < run && mine + j < num_pages && !complete(v)) v = peek(space.keys + mine + j);
-            key[j] = v.x, key[j + 1] = v.y, key[j + 2] = v.z, key[j + 3] = v.w;
-        }
-        sampled = max(max(s.x, s.y), max(s.z, s.w));
-        pending = !complete(s) && sample + 3 < num_pages;
-#pragma unroll
-        for (int j = 0; j < kKeys; ++j) pending |= j < run && mine + j < num_pages && key[j] == 0;
-    } while (pending);
-    mark_phase(3);
-
-    if (wanted == 0) return;
-#pragma unroll
-    for (int j = 0; j < kKeys; ++j)
-        if (mine + j < first || mine + j >= last) key[j] = 0;  // takes no part
-    uint32_t ties;
-    const uint32_t threshold = select.threshold(
-        [&](auto&& f) {
-#pragma unroll
-            for (int j = 0; j < kKeys; ++j)
-                if (key[j] != 0) f(key[j]);
-        },
-        sampled, wanted, competing, &ties);
-    mark_phase(4);
-    uint32_t is_above = 0, is_tie = 0, total;  // a bit a key
-#pragma unroll
-    for (int j = 0; j < kKeys; ++j)
-        is_above |= (key[j] > threshold ? 1u : 0u) << j, is_tie |= (key[j] == threshold ? 1u : 0u) << j;
-    const uint32_t before = select.exclusive_sum(__popc(is_above) + (__popc(is_tie) << 16), &total);
-    uint32_t above = before & 0xffff, equal = before >> 16;
-    for (uint32_t left = is_above | is_tie; left != 0; left &= left - 1) {
-        const int j = __ffs(left) - 1;
-        if (is_tie >> j & 1) {
-            if (equal++ >= ties) continue;
-            deal(p.sink_pages + above + equal - 1, mine + j);
-        } else {
-            deal(p.sink_pages + above++ + min(equal, ties), mine + j);
-        }
-    }
-}
-
-template <class T, int D, int kKeys>
+template <class T, class M, int D, int kChunks>
 __global__ void __launch_bounds__(kTeamThreads, D <= 128 ? 2 : 1)
-    quest_decode_attention_kernel(const FusedParams p, const FusedPlan plan, uint32_t* workspace) {
+    team_decode_attention_kernel(const FusedParams p, const int size_log2, uint32_t* workspace, const bool alone) {
 #if __CUDA_ARCH__ >= 900
-    extern __shared__ __align__(16) float warp_out[];  // [warps, group, D], then this block's pages
-    __shared__ FusedShared shared;
+    constexpr bool kScores = !std::is_void_v<M>, kLists = kChunks * kKeysAtOnce > kMostDirectPages;
+    extern __shared__ __align__(16) float warp_out[];  // [warps, head_offset(group)]; before that, each warp's keys
+    __shared__ SelectionShared<kChunks> selecting;
+    __shared__ WarpSums<kTeamWarps> sums;
+    // As each lane of a warp wants it, whichever the warp: to attend, and to score by metadata in 8 bits.
+    constexpr bool kNarrow = std::is_same_v<M, __nv_fp8_e4m3>;
+    __shared__ uint4 shared_query[D / 32][kWarp], narrow_query[kNarrow ? D / 32 : 1][kWarp];
     const AttentionParams& a = p.attention;
-    const int size = gridDim.x, size_log2 = plan.team_log2, rank = blockIdx.x, kv_head = blockIdx.y, row = blockIdx.z;
-    const int team = row * a.num_kv_heads + kv_head, group = plan.group;
+    __shared__ uint32_t listed_pages[kLists ? kShortlistEntries : 1];
+    __shared__ TeamPlace kept_place;  // until the merge: the registers are needed for loads in flight
+    const TeamPlace place = TeamPlace::of_block(size_log2, a.num_kv_heads);
+    if (place.row >= unsigned(a.num_rows)) {  // the grid is filled up to a block for every SM
+        let_successor_start();
+        wait_for_predecessor();
+        return;
+    }
+    if (threadIdx.x == 0) kept_place = place;
+    const int size = 1 << size_log2, team = place.team, rank = place.rank, kv_head = place.kv_head, row = place.row;
+    const int group = a.num_q_heads / a.num_kv_heads;
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t = lane % 4;
-    int32_t* list = reinterpret_cast<int32_t*>(warp_out + kTeamWarps * group * D);
     const PageTable table(a.paging, a.rows_per_request == 1 ? row : row / a.rows_per_request);
-    const TeamSpace space(workspace, team, size, group, D, table.max_pages);
+    const TeamSpace space(workspace, team, size, group, D, kScores ? table.max_pages : 0);
+    // Columns past the group repeat its last head.
+    const T* query_head = row_of<T>(a.query, row, kv_head * group + min(g, group - 1));
     mark_phase(0);
-    let_successor_start();
-    BlockSelect<kTeamThreads>{shared.select}.clear_bins();
-    prefetch_bounds<T, D>(p, table, row, kv_head, (warp * size + rank) * kTileTokens);
-    wait_for_predecessor();
-    mark_phase(1);
+    if (!kScores || !alone) let_successor_start();
+    int first = (warp * size + rank) * kTileTokens;  // of the pages that this warp scores
+    Selection selection;
+    bool listed = false;
+    int tokens, num_pages, kept;
+    auto read_lengths = [&] {
+        int budget = p.page_budget;
+        if (p.page_budgets)
+            budget = min(max(p.page_budgets[p.budget_heads == 1 ? row : team], p.sink_pages + p.recent_pages), budget);
+        tokens = table.visible(a.seq_lens[row]);
+        num_pages = table.pages(tokens);
+        kept = min(budget, num_pages);
+    };
 
-    table.prefetch();
-    // Block numbers are fetched beside the length that says whether they count.
-    int first = (warp * size + rank) * kTileTokens;
-    auto block_of = [&](int page) { return page < table.max_pages ? table.block(page) : 0; };
-    int blocks[2] = {block_of(first + g), block_of(first + g + 8)};
-    uint4 query[D / 32];
-    load_query<T, D>(
-        query,
-        row_of<T>(a.query, row, kv_head * group + min(g, group - 1)));  // columns past the group repeat its last head
-    int budget = p.page_budget;
-    if (p.page_budgets)
-        budget = min(max(p.page_budgets[p.budget_heads == 1 ? row : team], p.sink_pages + p.recent_pages), budget);
-    const int tokens = table.visible(a.seq_lens[row]), num_pages = table.pages(tokens);
-    const int kept = min(budget, num_pages);
-    const bool selects = kept < num_pages;
-
-    // Score: tiles of 16 pages, dealt to the team's blocks one by one.
-    const int step = kTeamWarps * size * kTileTokens;
-    if (selects) {
-        const T* metadata = static_cast<const T*>(p.metadata.data) + kv_head * p.metadata.head_stride;
-        uint32_t best_key = 0;
-        int best_page = 0;
-        for (; first < num_pages; first += step) {
-            const int page0 = first + g, page1 = page0 + 8;
-            const PagePlace places[2] = {{page0 < num_pages ? blocks[0] : 0, table.part(page0)},
-                                         {page1 < num_pages ? blocks[1] : 0, table.part(page1)}};
-            PageTile<T, D> tile;
-            tile.load(metadata, p.metadata.block_stride, places);
-            blocks[0] = block_of(first + step + g), blocks[1] = block_of(first + step + g + 8);
-            float c[4];
-            tile.multiply(c, query);
-            HeadReducer reducer;
-            reducer.include(c, 0, group);
-            const bool use_max = p.head_reduction == HeadReduction::kMax;
-            const float scores[2] = {reducer.score(0, use_max, group), reducer.score(1, use_max, group)};
-            const int page = first + g + 8 * t;
-            if (t >= 2 || page >= num_pages) continue;
-            const uint32_t key = sort_key(t == 0 ? scores[0] : scores[1]);
-            publish(space.keys + page, key);
-            if (key > best_key) best_key = key, best_page = page;
+    auto keep_query = [&] {  // the warps share the work
+        for (int c = warp; c < D / 32; c += kTeamWarps) {
+            shared_query[c][lane] = *reinterpret_cast<const uint4*>(query_head + 32 * c + 8 * t);
+            if constexpr (kNarrow)
+                narrow_query[c][lane] = *reinterpret_cast<const uint4*>(query_head + PageTile<T, M, D>::channel(c));
         }
-        // Where memory is the limit, a warp's best page, likely to be chosen, is fetched while the blocks exchange
-        // keys.
-        if (size < kMaxTeam) prefetch_page<T, D>(a, table, kv_head, best_key, best_page);
-        mark_phase(2);
-        __syncthreads();  // all of the block's keys are on their way; bins are clear
-        if (threadIdx.x == 0 && size < kMaxTeam) publish(space.done + rank, 1u);
-        deal_selected_pages<kKeys>(p, space, num_pages, kept, rank, size_log2, shared, list);
+    };
+
+    if constexpr (kScores) {
+        using Tile = PageTile<T, M, D>;
+        BlockSelect<kTeamThreads>{selecting.select}.clear_bins();
+        int guess[2] = {0, 0};
+        const bool guesses = alone && guess_blocks<M, D>(guess, p, table, row, kv_head, first);
+        const char* metadata = Tile::lane_part(p.metadata, kv_head);
+        const uint32_t block_bytes = bytes_of<M>(p.metadata.block_stride);
+        wait_for_predecessor();
+        mark_phase(1);
+
+        // The few words that decide come first: loads return in their order.
+        read_lengths();
+        auto block_of = [&](int page) { return page < table.max_pages ? table.block(page) : 0; };
+        int blocks[2] = {block_of(first + g), block_of(first + g + 8)};
+        constexpr int kTilesAhead = kNarrow ? 2 : 1;  // loads in flight: 64 registers of a lane
+        Tile tiles[kTilesAhead];
+        auto source_of = [&](int (&blocks)[2], int first) {
+            const PagePlace places[2] = {{blocks[0], table.part(first + g)}, {blocks[1], table.part(first + g + 8)}};
+            return typename Tile::Source(metadata, block_bytes, places);
+        };
+        if (guesses) tiles[0].load(source_of(guess, first));
+        table.prefetch();
+        keep_query();
+        __syncthreads();
+        if (kept < num_pages) {
+            // Score: tiles of 16 pages, dealt to the team's blocks one by one. Pages that do not exist take block 0.
+            const int step = kTeamWarps * size * kTileTokens;
+            auto blocks_at = [&](int (&blocks)[2], int first) {
+                blocks[0] = first + g < num_pages ? table.block(first + g) : 0;
+                blocks[1] = first + g + 8 < num_pages ? table.block(first + g + 8) : 0;
+            };
+            if (first + g >= num_pages) blocks[0] = 0;
+            if (first + g + 8 >= num_pages) blocks[1] = 0;
+            if (!guesses || __any_sync(kAllLanes, blocks[0] != guess[0] || blocks[1] != guess[1]))
+                if (first < num_pages) tiles[0].load(source_of(blocks, first));
+#pragma unroll
+            for (int i = 1; i < kTilesAhead; ++i)
+                if (first + i * step < num_pages) {
+                    blocks_at(blocks, first + i * step);
+                    tiles[i].load(source_of(blocks, first + i * step));
+                }
+            blocks_at(blocks, first + kTilesAhead * step);
+            uint32_t best_key = 0;
+            int best_page = 0;
+            const int first_forced = num_pages - p.recent_pages, capacity = warp_keys_capacity(table.max_pages, size);
+            WarpKeys mine{reinterpret_cast<uint32_t*>(warp_out) + warp * capacity, 0, first, step};
+            while (first < num_pages) {
+#pragma unroll
+                for (int i = 0; i < kTilesAhead; ++i) {
+                    if (first >= num_pages) break;
+                    const int next = first + kTilesAhead * step;
+                    const typename Tile::Source source = source_of(blocks, next);
+                    blocks_at(blocks, next + step);
+                    float c[4];
+                    tiles[i].multiply(
+                        c, [&](int chunk) { return kNarrow ? narrow_query[chunk][lane] : shared_query[chunk][lane]; },
+                        [&](int part) {
+                            if (next < num_pages) tiles[i].load_part(source, part);
+                        });
+                    HeadReducer reducer(p.head_reduction);
+                    reducer.include(c, 0, group);
+                    const uint32_t key = sort_key(reducer.score(group));
+                    const int page = first + g + 8 * t;
+                    if constexpr (kLists) {
+                        const bool forced = page < p.sink_pages || page >= first_forced;
+                        if (t < 2)
+                            mine.keys[mine.tiles * kTileTokens + g + 8 * t] = page >= num_pages ? 1
+                                                                              : forced          ? kForcedKey
+                                                                                                : key;
+                        ++mine.tiles;
+                    }
+                    if (t < 2 && page < num_pages) {
+                        if constexpr (!kLists) publish(space.keys + page, key);
+                        if (key > best_key) best_key = key, best_page = page;
+                    }
+                    first += step;
+                }
+            }
+            // A warp's best page, likely to be chosen, is fetched while the blocks exchange keys. Where the memory has
+            // the next launch's bounds to fetch meanwhile, all of 16 bits, it does not pay.
+            if (size < kMaxTeam || kNarrow) {
+                const uint32_t best = __reduce_max_sync(kAllLanes, best_key);
+                const int page =
+                    __shfl_sync(kAllLanes, best_page, __ffs(__ballot_sync(kAllLanes, best_key == best)) - 1);
+                if (best != 0) prefetch_page<T, D>(a, table, kv_head, page, table.block(page));
+            }
+            const bool lists = kLists && kept <= kShortlistEntries / 2;
+            if constexpr (kLists) {
+                __syncwarp();
+                const unsigned slots = kShortlistEntries / kTeamWarps >> size_log2, at = rank * kTeamWarps + warp;
+                if (lists)
+                    mine.publish_shortlist(space.entries + at * slots * 2, space.bounds + at, slots);
+                else
+                    mine.publish_all(space.keys, num_pages);
+            }
+            if (size < kMaxTeam) {
+                __syncthreads();  // all of the block's keys are on their way
+                if (threadIdx.x == 0) publish(space.done + rank, 1u);
+            }
+            mark_phase(2);
+            wait_for_team(space, size);
+            if constexpr (kLists) {
+                if (lists) listed = select_listed(&selection, space, selecting, listed_pages, kept, size);
+                if (lists && !listed) {
+                    mine.publish_all(space.keys, num_pages);
+                    __syncthreads();
+                    BlockSelect<kTeamThreads>{selecting.select}.clear_bins();
+                    __syncthreads();
+                }
+            }
+            if (!listed) selection = select_pages(space, selecting, num_pages, p.sink_pages, first_forced, kept);
+        }
+    } else {
+        if (alone)
+            guess_page<T, D>(p, table, row, kv_head, (warp * kTileTokens >> table.page_shift << size_log2) + rank,
+                             kTeamWarps * kTileTokens << size_log2);
+        wait_for_predecessor();
+        mark_phase(1);
+        read_lengths();
+        kept = num_pages;
+        keep_query();
+        table.prefetch();
         __syncthreads();
     }
 
-    // Attend: pages rank, rank + size, ... of the selection, 16 tokens a warp at a time.
+    // The next launch may fetch its bounds beside this one's keys and values, not beside this one's bounds.
+    if (kScores && alone) let_successor_start();
+
+    // Attend: every size-th of the chosen pages from `rank` on, 16 tokens a warp at a time.
     mark_phase(5);
     const int page_shift = table.page_shift, num_mine = (kept - rank + size - 1) >> size_log2;
     const float scale = a.sm_scale * kLog2E;
-    auto run_of = [&](int tile, int half_tile) -> Run {
-        const int at = tile * kTileTokens + 8 * half_tile, index = at >> page_shift,
-                  within = at & ((1 << page_shift) - 1);
-        if (index >= num_mine) return {0, 0, 0};
-        const int page = selects ? list[index] : (index << size_log2) + rank;
+    // The pages of a tile's two halves; -1: the tile ends before.
+    auto find_pages = [&](int (&pages)[2], int tile) {
+#pragma unroll 1
+        for (int start = tile * kTileTokens;; start += 8) {
+            const int index = start >> page_shift;
+            const int n = (index << size_log2) + rank;
+            pages[1] = index >= num_mine ? -1 : kept < num_pages ? selection.place(selecting.words, n) : n;
+            if (kLists && listed && pages[1] >= 0) pages[1] = listed_pages[pages[1]];
+            if (start % kTileTokens == 0) pages[0] = pages[1];
+            if (page_shift > 3 || start % kTileTokens != 0) break;
+        }
+    };
+    auto run_of = [&](int page, int tile, int half_tile) -> Run {
+        const int within = (tile * kTileTokens + 8 * half_tile) & ((1 << page_shift) - 1);
+        if (page < 0) return {0, 0, 0};
         return {table.block(page), (table.part(page) << page_shift) + within,
                 min(tokens - (page << page_shift) - within, 8)};
     };
-    const T* keys = static_cast<const T*>(a.k_cache.data) + kv_head * a.k_cache.head_stride;
-    const T* values = static_cast<const T*>(a.v_cache.data) + kv_head * a.v_cache.head_stride;
+    const HeadRows<T> keys = TokenTile<T, D>::keys_of(a, kv_head), values = TokenTile<T, D>::values_of(a, kv_head);
     OnlineSoftmax<T, D> softmax;
-    const int num_tiles = ((num_mine << page_shift) + kTileTokens - 1) / kTileTokens;
-    for (int tile = warp; tile < num_tiles; tile += kTeamWarps) {
-        const Run runs[2] = {run_of(tile, 0), run_of(tile, 1)};
+    int tile = warp, pages[2];
+    find_pages(pages, tile);
+    while (pages[0] >= 0) {
+        const Run runs[2] = {run_of(pages[0], tile, 0), run_of(pages[1], tile, 1)};
         TokenTile<T, D> tile_tokens;
-        tile_tokens.load_keys(a.k_cache, keys, runs);
-        if constexpr (D <= 128) tile_tokens.load_values(a.v_cache, values, runs);
+        if (D <= 128 && page_shift > 3 && runs[1].valid == 8) {
+            tile_tokens.load_whole(keys, values, runs[0].block, runs[0].offset);
+        } else {
+            tile_tokens.load_keys(keys, runs);
+            if constexpr (D <= 128) tile_tokens.load_values(values, runs);
+        }
+        tile += kTeamWarps;
+        find_pages(pages, tile);
         float score[4];
-        softmax.scores_of(score, tile_tokens, query, scale);
-        if constexpr (D > 128) tile_tokens.load_values(a.v_cache, values, runs);
+        softmax.scores_of(score, tile_tokens, [&](int c) { return shared_query[c][lane]; }, scale);
+        if constexpr (D > 128) tile_tokens.load_values(values, runs);
         softmax.add(score, tile_tokens);
     }
 
-    // Merge: the block's warps through shared memory, then each block every size-th chunk of four channels of the
-    // team's outputs.
     mark_phase(6);
-    WarpPartials<D, kTeamWarps> partials{shared.top, shared.sum, warp_out, group};
-    partials.store(softmax, warp);
-    __syncthreads();
-    const int chunks = group * D / 4 >> size_log2;  // of a reader
-    for (int chunk = threadIdx.x; chunk < group * D / 4; chunk += kTeamThreads) {
-        float top, total;
-        const float4 o = partials.add_up(chunk * 4 / D, chunk * 4 % D, &top, &total);
-        uint32_t* to =
-            space.parts + (((((chunk & (size - 1)) << size_log2) + rank) * chunks + (chunk >> size_log2)) << 3);
-        publish(to, uint4{nonzero_bits(o.x), nonzero_bits(o.y), nonzero_bits(o.z), nonzero_bits(o.w)});
-        publish(to + 4, uint4{nonzero_bits(top), nonzero_bits(total), 1, 1});
-    }
-    mark_phase(7);
-    // A lane takes one block's part of one chunk; the lanes of a chunk are neighbours.
-    for (int base = warp * kWarp; base < group * D / 4; base += kTeamThreads) {
-        const int item = base + lane, writer = item & (size - 1), chunk = item >> size_log2;
-        uint4 v{}, w{};
-        if (item < group * D / 4) {
-            uint32_t* from = space.parts + ((((rank << size_log2) + writer) * chunks + chunk) << 3);
-            do v = peek(from), w = peek(from + 4);
-            while (!complete(v) || !complete(w));
-            publish(from, uint4{}), publish(from + 4, uint4{});
-        }
-        float4 o{__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
-        const float part_top = __uint_as_float(w.x);
-        float top = part_top, total = __uint_as_float(w.y);
-        for (int other = 1; other < size; other *= 2) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, other));
-        const float weight = part_top == -INFINITY ? 1.f : exp2f(part_top - top);  // no tokens: zeros, or NaN
-        total *= weight, o.x *= weight, o.y *= weight, o.z *= weight, o.w *= weight;
-        for (int other = 1; other < size; other *= 2) {
-            total += __shfl_xor_sync(kAllLanes, total, other);
-            o.x += __shfl_xor_sync(kAllLanes, o.x, other), o.y += __shfl_xor_sync(kAllLanes, o.y, other);
-            o.z += __shfl_xor_sync(kAllLanes, o.z, other), o.w += __shfl_xor_sync(kAllLanes, o.w, other);
-        }
-        if (writer != 0 || item >= group * D / 4) continue;
-        const int place = ((chunk << size_log2) + rank) * 4, head = kv_head * group + place / D;
-        const float inverse = total == 0.f ? 0.f : 1.f / total;
-        store_four<T>(const_cast<T*>(row_of<T>(a.out, row, head)) + place % D,
-                      float4{o.x * inverse, o.y * inverse, o.z * inverse, o.w * inverse});
-        if (place % D == 0)
-            a.lse[int64_t(row) * a.num_q_heads + head] = total == 0.f ? -INFINITY : (top + log2f(total)) * kLn2;
-    }
-    mark_phase(8);
-    // The first warp has seen a part of every block, so all have read the keys.
-    if (!selects || warp != 0) return;
-    if (lane == 0) publish(space.done + rank, 0u);
-    for (int page = (rank + lane / kTileTokens * size) * kTileTokens + lane % kTileTokens; page < num_pages;
-         page += 2 * size * kTileTokens)
-        publish(space.keys + page, 0u);
+    const TeamPlace again = kept_place;
+    const TeamSpace mine(workspace, again.team, size, group, D, kScores ? table.max_pages : 0);
+    merge_team<T, D>(a, mine, again, softmax, sums, warp_out, group, size_log2);
     mark_phase(9);
+    if constexpr (kScores) {
+        // The first warp has seen a part of every block, so all have read the keys.
+        if (kept < num_pages && warp == 0) {
+            if (lane == 0) publish(mine.done + again.rank, 0u);
+            for (int page = (again.rank + lane / kTileTokens * size) * kTileTokens + lane % kTileTokens;
+                 page < num_pages; page += 2 * size * kTileTokens)
+                if (!listed) publish(mine.keys + page, 0u);
+            if (kLists && kept <= kShortlistEntries / 2) {
+                if (lane < kTeamWarps) publish(mine.bounds + again.rank * kTeamWarps + lane, 0u);
+                const int words = 2 * kShortlistEntries >> size_log2;
+                for (int i = lane * 4; i < words; i += kWarp * 4)
+                    publish(mine.entries + again.rank * words + i, uint4{});
+            }
+        }
+    }
 #endif
+}
+
+// Metadata: what the bounds are stored as, given the element type; void for dense attention.
+template <template <class> class Metadata>
+cudaError_t launch_team_decode_attention(const FusedParams& p, int32_t size_log2, uint32_t* workspace, Chip chip,
+                                         cudaStream_t stream) {
+    const AttentionParams& a = p.attention;
+    // A block an SM, and one of the next launch beside it: the grid is filled up, so that the next finds every SM
+    // alike.
+    const int32_t blocks = a.num_rows * a.num_kv_heads << size_log2;
+    const bool alone = blocks <= chip.num_sms && size_log2 == kMaxTeamLog2;
+    const int32_t grid = blocks <= chip.num_sms ? chip.num_sms : blocks;
+    return dispatch(a.dtype, a.head_dim, [&](auto element, auto head_dim) {
+        using T = decltype(element);
+        constexpr int D = head_dim();
+        using M = typename Metadata<T>::Type;
+        constexpr int kMostChunks = std::is_void_v<M> ? 1 : kMaxKeyChunks;
+        auto kernel = team_decode_attention_kernel<T, M, D, kMostChunks>;
+        if constexpr (!std::is_void_v<M>) {
+            const int32_t chunks = ceil_div(a.paging.max_pages(), kKeysAtOnce);
+            if (chunks <= 8) kernel = team_decode_attention_kernel<T, M, D, 8>;
+            if (chunks <= 4) kernel = team_decode_attention_kernel<T, M, D, 4>;
+            if (chunks <= 2) kernel = team_decode_attention_kernel<T, M, D, 2>;
+        }
+        size_t shared_bytes = size_t(kTeamWarps) * head_offset<D>(a.num_q_heads / a.num_kv_heads) * sizeof(float);
+        if (!std::is_void_v<M> && a.paging.max_pages() > kMostDirectPages)
+            shared_bytes = std::max(
+                shared_bytes, kTeamWarps * sizeof(uint32_t) * warp_keys_capacity(a.paging.max_pages(), 1 << size_log2));
+        if (shared_bytes > 24 * 1024) {  // beside the static part, more than a block gets unasked
+            const cudaError_t error =
+                cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+            if (error != cudaSuccess) return error;
+        }
+        return launch(kernel, grid, kTeamThreads, shared_bytes, chip, stream, true, p, size_log2, workspace, alone);
+    });
 }
 
 }  // namespace quest::cuda

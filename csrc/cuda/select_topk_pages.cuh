@@ -9,8 +9,42 @@ namespace quest::cuda {
 constexpr int kSelectThreads = 512;
 constexpr int kPagesPerThread = 4;  // a contiguous run, so that a prefix sum over threads follows the order of pages
 
+// Keys are made from the scores whenever they are looked at.
+struct ScoreKeys {
+    const float* scores;
+    int first, last;
+    uint32_t equal;  // where not 0, only pages of this key compete: the earlier, the better
+
+    __device__ __forceinline__ uint32_t key(int page) const {
+        const uint32_t x = sort_key(scores[page]);
+        if (equal == 0) return x;
+        return x > equal ? kForcedKey : x == equal ? max_pages() - page : 0;
+    }
+    template <class F>
+    __device__ __forceinline__ void for_each(F&& f) const {
+        for (int page = first + threadIdx.x; page < last; page += kSelectThreads) f(key(page), page, page);
+    }
+    __device__ void order_equals(uint32_t x) { equal = x; }
+    __device__ uint32_t max_pages() const { return last; }
+};
+
+// Sum over the threads before this one; the block's total in *total. The caller separates two calls by a barrier.
+__device__ __forceinline__ uint32_t exclusive_sum(uint32_t x, uint32_t (&sums)[kSelectThreads / kWarp],
+                                                  uint32_t* total) {
+    constexpr int kWarps = kSelectThreads / kWarp;
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    const uint32_t inclusive = warp_inclusive_sum(x);
+    if (lane == kWarp - 1) sums[warp] = inclusive;
+    __syncthreads();
+    const uint32_t of_warps = warp_inclusive_sum(lane < kWarps ? sums[lane] : 0);
+    *total = __shfl_sync(kAllLanes, of_warps, kWarps - 1);
+    const uint32_t before = __shfl_sync(kAllLanes, of_warps, max(warp - 1, 0));
+    return inclusive - x + (warp > 0 ? before : 0);
+}
+
 __global__ void __launch_bounds__(kSelectThreads) select_topk_pages_kernel(const SelectParams p) {
     __shared__ BlockSelect<kSelectThreads>::Shared shared;
+    __shared__ uint32_t sums[kSelectThreads / kWarp];
     BlockSelect<kSelectThreads> select{shared};
     let_successor_start();
     select.clear_bins();
@@ -40,38 +74,51 @@ __global__ void __launch_bounds__(kSelectThreads) select_topk_pages_kernel(const
     if (wanted == 0) return;
     __syncthreads();  // bins are clear
 
+    // A sample of 128 keys, the same in every warp.
     const int competing = last - first;
-    uint32_t sampled = 0, ties;
-    if (competing >= select.kSample)
+    uint32_t lowest = kForcedKey, highest = 0;
+    ScoreKeys keys{scores, first, last, 0};
+    uint2 range;
+    if (competing >= 4 * kWarp) {
 #pragma unroll
-        for (int j = 0; j < select.kSample / kWarp; ++j)
-            sampled = max(sampled, sort_key(scores[first + threadIdx.x % kWarp * (competing / kWarp) + j]));
-    const uint32_t threshold = select.threshold(
-        [&](auto&& f) {
-            for (int page = first + threadIdx.x; page < last; page += kSelectThreads) f(sort_key(scores[page]));
-        },
-        sampled, wanted, competing, &ties);
-    // How many pages before this thread's run are above the threshold, and how many equal it.
-    uint32_t above = 0, equal = 0;
+        for (int j = 0; j < 4; ++j) {
+            const uint32_t key = keys.key(first + threadIdx.x % kWarp * (competing / kWarp) + j);
+            lowest = min(lowest, key), highest = max(highest, key);
+        }
+        range = sampled_range(lowest, highest, wanted, competing);
+    } else {
+        range = select.true_range(keys);
+    }
+    const Bracket bracket = select.bracket(keys, range, wanted);
+    // Kept are the pages whose key is above `cut`, and those of that key up to page `cut_page`.
+    uint32_t cut = bracket.low - 1;
+    int cut_page = -1;
+    if (bracket.count != bracket.wanted) {
+        keys.for_each([&](uint32_t key, int page, int) {
+            if (bracket.holds(key)) select.offer(key, page, page);
+        });
+        __syncthreads();
+        uint2 candidate;
+        const bool keeps = select.keeps_candidate(bracket, &candidate);
+        cut = __reduce_min_sync(kAllLanes, keeps ? candidate.x : 0xffffffffu);
+        cut_page = __reduce_max_sync(kAllLanes, keeps && candidate.x == cut ? int(candidate.y) : -1);
+    }
+    uint32_t before = 0;
     for (int start = first; start < last; start += kSelectThreads * kPagesPerThread) {
         const int run = start + threadIdx.x * kPagesPerThread;
-        uint32_t keys[kPagesPerThread], packed = 0, total;
+        bool kept_here[kPagesPerThread];
+        uint32_t count = 0, total;
 #pragma unroll
         for (int j = 0; j < kPagesPerThread; ++j) {
-            keys[j] = run + j < last ? sort_key(scores[run + j]) : 0;
-            packed += (keys[j] > threshold ? 1u : 0u) + (keys[j] == threshold ? 0x10000u : 0u);
+            const uint32_t key = run + j < last ? keys.key(run + j) : 0;
+            kept_here[j] = key > cut || (key == cut && run + j <= cut_page);
+            count += kept_here[j];
         }
-        const uint32_t before = select.exclusive_sum(packed, &total);
-        uint32_t my_above = above + (before & 0xffff), my_equal = equal + (before >> 16);
+        uint32_t place = p.sink_pages + before + exclusive_sum(count, sums, &total);
 #pragma unroll
-        for (int j = 0; j < kPagesPerThread; ++j) {
-            const bool is_above = keys[j] > threshold, is_tie = keys[j] == threshold;
-            if (is_above || (is_tie && my_equal < ties)) ids[p.sink_pages + my_above + min(my_equal, ties)] = run + j;
-            my_above += is_above;
-            my_equal += is_tie;
-        }
-        above += total & 0xffff;
-        equal += total >> 16;
+        for (int j = 0; j < kPagesPerThread; ++j)
+            if (kept_here[j]) ids[place++] = run + j;
+        before += total;
         __syncthreads();
     }
 }

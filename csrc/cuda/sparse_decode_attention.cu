@@ -17,7 +17,7 @@ cudaError_t launch_sparse_decode_attention(const AttentionParams& p, const Atten
     return dispatch(p.dtype, p.head_dim, [&](auto element, auto head_dim) {
         using T = decltype(element);
         constexpr int D = head_dim();
-        const size_t shared_bytes = size_t(kWarpsPerBlock) * most_heads * D * sizeof(float);  // at most 32 KB
+        const size_t shared_bytes = size_t(kWarpsPerBlock) * head_offset<D>(most_heads) * sizeof(float);  // below 34 KB
         const cudaError_t error =
             launch(sparse_decode_attention_kernel<T, D>, grid, block, shared_bytes, chip, stream, false, p, scratch);
         if (error != cudaSuccess || scratch.num_splits == 1) return error;

@@ -98,8 +98,8 @@ struct GroupedHeads {
 template <class T, int D>
 __global__ void __launch_bounds__(kWarp* kWarpsPerBlock, D <= 128 ? 3 : 2)
     sparse_decode_attention_kernel(const AttentionParams p, const AttentionScratch scratch) {
-    extern __shared__ float partial_out[];  // [warps, group, D]
-    __shared__ float partial_top[kWarpsPerBlock][kGroupHeads], partial_sum[kWarpsPerBlock][kGroupHeads];
+    extern __shared__ __align__(16) float partial_out[];  // [warps, head_offset(group)]
+    __shared__ WarpSums<kWarpsPerBlock> sums;
     let_successor_start();
     wait_for_predecessor();
 
@@ -119,8 +119,8 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock, D <= 128 ? 3 : 2)
     uint4 query[D / 32];
     load_query<T, D>(
         query, row_of<T>(p.query, row, first_head + min(g, group - 1)));  // columns past the group repeat its last head
-    const T* keys = static_cast<const T*>(p.k_cache.data) + heads.kv_head * p.k_cache.head_stride;
-    const T* values = static_cast<const T*>(p.v_cache.data) + heads.kv_head * p.v_cache.head_stride;
+    const HeadRows<T> keys = TokenTile<T, D>::keys_of(p, heads.kv_head),
+                      values = TokenTile<T, D>::values_of(p, heads.kv_head);
 
     OnlineSoftmax<T, D> softmax;
     Run runs[2] = {list.run(tile, 0, entries[0]), list.run(tile, 1, entries[1])};
@@ -128,17 +128,17 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock, D <= 128 ? 3 : 2)
         const int next = tile + stride;
         entries[0] = list.entry(next, 0), entries[1] = list.entry(next, 1);
         TokenTile<T, D> tokens;
-        tokens.load_keys(p.k_cache, keys, runs);
+        tokens.load_keys(keys, runs);
         if constexpr (D <= 128)
-            tokens.load_values(p.v_cache, values, runs);  // in flight beside the keys, where registers hold both
+            tokens.load_values(values, runs);  // in flight beside the keys, where registers hold both
         float score[4];
-        softmax.scores_of(score, tokens, query, scale);
-        if constexpr (D > 128) tokens.load_values(p.v_cache, values, runs);
+        softmax.scores_of(score, tokens, [&](int c) { return query[c]; }, scale);
+        if constexpr (D > 128) tokens.load_values(values, runs);
         runs[0] = list.run(next, 0, entries[0]), runs[1] = list.run(next, 1, entries[1]);
         softmax.add(score, tokens);
     }
 
-    WarpPartials<D, kWarpsPerBlock> partials{partial_top, partial_sum, partial_out, group};
+    WarpPartials<D, kWarpsPerBlock> partials{sums, partial_out, group};
     partials.store(softmax, warp);
     __syncthreads();
     for (int at = threadIdx.x * 4; at < group * D; at += kWarp * kWarpsPerBlock * 4) {
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
     float sums[kChannels] = {};
 #pragma unroll
     for (int i = 0; i < kMaxSplits / kWarp; ++i) {
-        const float weight = top == -INFINITY ? 0.f : exp2f(lse[i] - top);
+        const float weight = top == -INFINITY ? 0.f : exp2_fast(lse[i] - top);
         total += weight;
 #pragma unroll
         for (int j = 0; j < kWarp / kWarpsPerBlock; ++j) {  // eight loads in flight

@@ -5,7 +5,7 @@
 
 namespace quest::cuda {
 
-template <class T, int D>
+template <class T, class M, int D>
 __global__ void __launch_bounds__(kWarp* kWarpsPerBlock) update_page_metadata_kernel(const UpdateParams p) {
     let_successor_start();
     wait_for_predecessor();
@@ -21,9 +21,9 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock) update_page_metadata_ke
         const int part = table.part(page);
         const T* keys = static_cast<const T*>(p.k_cache.data) + block * p.k_cache.block_stride +
                         part * page_size * p.k_cache.token_stride + head * p.k_cache.head_stride;
-        T* bounds = static_cast<T*>(p.metadata.data) + block * p.metadata.block_stride + head * p.metadata.head_stride +
+        M* bounds = static_cast<M*>(p.metadata.data) + block * p.metadata.block_stride + head * p.metadata.head_stride +
                     part * (2 * D);
-        store_page_bounds<T, D>(keys, p.k_cache.token_stride, min(page_size, tokens - page * page_size), bounds);
+        store_page_bounds<T, M, D>(keys, p.k_cache.token_stride, min(page_size, tokens - page * page_size), bounds);
     }
 }
 
