@@ -11,16 +11,15 @@ Quest the metadata of all pages, K and V of the chosen ones. The speed-up is ove
 import argparse
 import json
 import sys
-import time
 
 import torch
 import torch.nn.functional as F
+from timing import wall_us
 
 import quest_ops
 
 NUM_LAYERS, NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM = 30, 9, 3, 64
 PAGE_SIZE, SINK_PAGES, RECENT_PAGES = 16, 1, 4
-EVICTOR = torch.zeros(2**26)  # 256 MB, written before every pass: Quest's share of 30 layers would fit a large L3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -95,19 +94,6 @@ def check(caches: Caches, tokens: int, page_budget: int) -> None:
         torch.testing.assert_close(got.float(), expected.float(), rtol=tolerance, atol=tolerance)
 
 
-def microseconds(call, repeats: int) -> float:
-    """Time a layer takes in the fastest of the passes through all layers: other load on the machine only adds to it."""
-    call(0)
-    best = float("inf")
-    for _ in range(repeats):
-        EVICTOR.add_(1)
-        start = time.perf_counter()
-        for layer in range(NUM_LAYERS):
-            call(layer)
-        best = min(best, (time.perf_counter() - start) / NUM_LAYERS * 1e6)
-    return best
-
-
 def measure(dtype: str, tokens: int, token_budget: int, repeats: int) -> dict:
     caches, page_budget = Caches(tokens, DTYPES[dtype]), token_budget // PAGE_SIZE
     check(caches, tokens, page_budget)
@@ -122,7 +108,8 @@ def measure(dtype: str, tokens: int, token_budget: int, repeats: int) -> dict:
         "  select": lambda layer: caches.select(scores[layer], page_budget),
         "  attend": lambda layer: caches.attend(layer, *pages[layer]),
     }
-    times = {name: microseconds(call, repeats) for name, call in calls.items()}
+    layers = range(NUM_LAYERS)
+    times = {name: wall_us([lambda i=i, f=f: f(i) for i in layers], repeats) for name, f in calls.items()}
     vector_bytes = NUM_KV_HEADS * HEAD_DIM * DTYPES[dtype].itemsize
     kv, chosen = 2 * tokens * vector_bytes, 2 * min(token_budget, tokens) * vector_bytes
     metadata = 2 * -(-tokens // PAGE_SIZE) * vector_bytes

@@ -1,219 +1,165 @@
-"""Times every op beside FlashInfer's dense decode and torch's SDPA in the same run, on a GPU.
+"""Times every op beside FlashInfer's dense decode, torch's SDPA and Quest put together from public parts, in one run.
 
-    python benchmarks/kernels.py --json benchmarks/results/kernels-h100.json --csrc-tree $(git rev-parse HEAD:csrc)
+    python benchmarks/kernels.py --json benchmarks/results/kernels-h100.json --figure kernels.png
 
-Columns are microseconds a layer: L2 cold, CUDA graph, median of replays, random data. "floor" is 2.3 us + bytes / 2.95
-TB/s on an H100: the bytes that must move (metadata of all pages, K and V of the chosen ones, q and out) at the rate of
-scattered 16-byte loads. "ratio" is FlashInfer's time (SDPA's where it is not installed) over that of "quest".
+A row is one path of one case; --extra times other shapes and settings, --quick small cases on the CPU. Columns:
+- us: microseconds a layer on random data. On a GPU: CUDA graph over several layers' own pools, L2 cold, median of 20.
+- GB/s: the bytes that the path must move (`counted_bytes` in cases.py) over its time.
+- floor: 2.3 us + bytes / 2.95 TB/s, what scattered 16-byte loads reach on an H100.
+- ratio: FlashInfer's dense decode over the path (SDPA where FlashInfer is not installed or not there, as on a CPU).
+
+"estimate", "select" and "attend" are the separate ops, "separate" all three, "quest" the op in one call. Dense paths
+and peers are shown with the first page size of a case. "public", Quest of public parts, is timed in the main cases,
+with pages of a block and metadata in the cache's dtype.
 """
 
 import argparse
-import json
-import math
-import sys
-from dataclasses import dataclass
-from pathlib import Path
 
+import figures
+import peers
+import phases
+import record
 import torch
-import torch.nn.functional as F
-from timing import graph_us
+from cases import CASES, EXTRA_CASES, QUICK_CASES, Case, Layers, Pages, counted_bytes
 
-import quest_ops
-
-PAGE, BUDGET, HEAD_DIM, Q_HEADS = 16, 2048, 128, 32
 FLOOR_START_US, FLOOR_BYTES_PER_US = 2.3, 2.95e6
+HEADER = f"{'case':22}{'path':20}{'page':>5}{'bits':>5}{'us':>10}{'GB/s':>8}{'floor':>9}{'ratio':>8}"
 
 
-@dataclass
-class Case:
-    name: str
-    kv_heads: int
-    tokens: int
-    batch: int
+def floor_us(case: Case, path: str, pages: Pages) -> float:
+    return FLOOR_START_US + counted_bytes(case, path, pages) / FLOOR_BYTES_PER_US
 
 
-CASES = [
-    Case("gqa8-2k-b1", 8, 2048, 1),
-    Case("gqa8-4k-b1", 8, 4096, 1),
-    Case("gqa8-8k-b1", 8, 8192, 1),
-    Case("mha-32k-b1", 32, 32768, 1),
-    Case("mha-128k-b1", 32, 131072, 1),
-    Case("gqa8-32k-b1", 8, 32768, 1),
-    Case("gqa8-128k-b1", 8, 131072, 1),
-    Case("gqa8-32k-b8", 8, 32768, 8),
-]
+def check(layers: Layers) -> None:
+    """Raises RuntimeError unless a workspace changes nothing and quest agrees with the separate ops, on one layer.
+
+    The peers are compared with dense, before they are timed.
+    """
+    peers.check_close("dense with a workspace", layers.dense(0, workspace=layers.workspace), layers.dense(0))
+    for pages in layers.case.pages:
+        # A selection may differ where scores agree to rounding.
+        separate = layers.separate(0, pages)
+        peers.check_close(f"quest, {pages}", layers.quest(0, pages, workspace=layers.workspace), separate, 0.15)
 
 
-class Layers:
-    """Several layers' pools of one case: enough of them that a step's bytes overflow L2 before a pool is read again."""
-
-    def __init__(self, case: Case, dtype: torch.dtype):
-        self.case = case
-        blocks = case.batch * case.tokens // PAGE
-        touched = 2 * HEAD_DIM * 2 * case.kv_heads * (blocks + case.batch * min(BUDGET, case.tokens))
-        self.count = max(4, math.ceil(150e6 / touched))
-        shape = (blocks, 2, case.kv_heads, PAGE, HEAD_DIM)
-        self.pools = [torch.randn(shape, device="cuda", dtype=dtype) for _ in range(self.count)]
-        self.k = [pool[:, 0].transpose(1, 2) for pool in self.pools]
-        self.v = [pool[:, 1].transpose(1, 2) for pool in self.pools]
-        self.queries = [torch.randn(case.batch, Q_HEADS, HEAD_DIM, device="cuda", dtype=dtype) for _ in self.pools]
-        self.new_kv = torch.randn(2, case.batch, case.kv_heads, HEAD_DIM, device="cuda", dtype=dtype)
-        self.table = torch.randperm(blocks, device="cuda", dtype=torch.int32).view(case.batch, -1)
-        self.lens = torch.full((case.batch,), case.tokens, device="cuda", dtype=torch.int32)
-        self.slots = self.table[:, -1].long() * PAGE + PAGE - 1
-        self.metadata = [
-            torch.empty(blocks, case.kv_heads, 2, HEAD_DIM, device="cuda", dtype=dtype) for _ in self.pools
-        ]
-        for i in range(self.count):
-            quest_ops.update_page_metadata(
-                self.k[i], self.metadata[i], self.table, self.lens, torch.zeros_like(self.lens)
-            )
-
-    def quest(self, i: int, **options):
-        pools = self.k[i], self.v[i], self.metadata[i], self.table, self.lens
-        return quest_ops.quest_decode_attention(self.queries[i], *pools, BUDGET // PAGE, 1, 4, "max", **options)
-
-    def us(self, call) -> float:
-        """`call(i)` for each layer i."""
-        return graph_us([lambda i=i: call(i) for i in range(self.count)])
-
-
-def quest_times(layers: Layers) -> dict[str, float]:
-    budget, q, k, v, m = BUDGET // PAGE, layers.queries, layers.k, layers.v, layers.metadata
-    table, lens = layers.table, layers.lens
-    scores = [quest_ops.estimate_page_scores(q[i], m[i], table, lens, PAGE, "max") for i in range(layers.count)]
-    chosen = [quest_ops.select_topk_pages(s, lens, PAGE, budget, 1, 4) for s in scores]
-    workspace = torch.zeros(quest_ops.ops.WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
-
-    def separate(i):
-        scores = quest_ops.estimate_page_scores(q[i], m[i], table, lens, PAGE, "max")
-        page_ids, counts = quest_ops.select_topk_pages(scores, lens, PAGE, budget, 1, 4)
-        quest_ops.sparse_decode_attention(q[i], k[i], v[i], table, lens, page_ids, counts)
-
+def quest_times(layers: Layers, pages: Pages) -> dict[str, float]:
+    scores = [layers.estimate(i, pages) for i in range(layers.count)]
+    chosen = [layers.select(s, pages) for s in scores]
     return {
-        "append": layers.us(lambda i: quest_ops.append_paged_kv(*layers.new_kv, k[i], v[i], m[i], layers.slots)),
-        "estimate": layers.us(lambda i: quest_ops.estimate_page_scores(q[i], m[i], table, lens, PAGE, "max")),
-        "select": layers.us(lambda i: quest_ops.select_topk_pages(scores[i], lens, PAGE, budget, 1, 4)),
-        "attend": layers.us(lambda i: quest_ops.sparse_decode_attention(q[i], k[i], v[i], table, lens, *chosen[i])),
-        "separate": layers.us(separate),
-        "quest": layers.us(lambda i: layers.quest(i, workspace=workspace)),
-        "quest-no-workspace": layers.us(layers.quest),
-        "dense": layers.us(lambda i: quest_ops.sparse_decode_attention(q[i], k[i], v[i], table, lens)),
+        "append": layers.us(lambda i: layers.append(i, pages)),
+        "estimate": layers.us(lambda i: layers.estimate(i, pages)),
+        "select": layers.us(lambda i: layers.select(scores[i], pages)),
+        "attend": layers.us(lambda i: layers.attend(i, *chosen[i], pages)),
+        "separate": layers.us(lambda i: layers.separate(i, pages)),
+        "quest": layers.us(lambda i: layers.quest(i, pages, workspace=layers.workspace)),
+        "quest-no-workspace": layers.us(lambda i: layers.quest(i, pages)),
     }
 
 
-def flashinfer_us(layers: Layers) -> float | None:
-    """The better of FlashInfer's two decode modes; None where it is not installed."""
-    try:
-        import flashinfer
-    except ImportError:
-        return None
-    case, best = layers.case, math.inf
-    blocks_each = case.tokens // PAGE
-    indptr = torch.arange(case.batch + 1, dtype=torch.int32, device="cuda") * blocks_each
-    last = torch.full((case.batch,), PAGE, dtype=torch.int32, device="cuda")
-    for tensor_cores in (False, True):
-        workspace = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=tensor_cores)
-        dtype = layers.queries[0].dtype
-        wrapper.plan(
-            indptr,
-            layers.table.flatten(),
-            last,
-            Q_HEADS,
-            case.kv_heads,
-            HEAD_DIM,
-            PAGE,
-            q_data_type=dtype,
-            kv_data_type=dtype,
-        )
-        best = min(
-            best,
-            layers.us(
-                lambda i, run=wrapper.run: run(layers.queries[i], (layers.pools[i][:, 0], layers.pools[i][:, 1]))
-            ),
-        )
-    return best
+def other_times(layers: Layers, public: bool) -> dict[str, float | None]:
+    """Our dense attention and the peers, which know no metadata of ours."""
+    on_gpu = layers.device != "cpu"
+    return {
+        "dense": layers.us(lambda i: layers.dense(i, workspace=layers.workspace)),
+        "dense-no-workspace": layers.us(layers.dense),
+        "flashinfer": peers.flashinfer_us(layers) if on_gpu else None,
+        "sdpa": peers.sdpa_us(layers),
+        "public": peers.public_quest_us(layers) if on_gpu and public else None,
+    }
 
 
-def sdpa_us(layers: Layers) -> float:
-    """torch's SDPA, its best backend, on a contiguous cache of the same size; a group's heads are query positions."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+def rows_of(
+    case: Case,
+    times: list[tuple[Pages, str, float]],
+    on_gpu: bool,
+    flashinfer: float | None,
+    sdpa: float | None,
+) -> list[dict]:
+    peer = flashinfer or sdpa
+    shared = {
+        "case": case.name, "batch": case.batch, "context": case.context, "tokens": sum(case.lengths),
+        "kv_heads": case.kv_heads, "query_heads": case.query_heads, "dtype": str(case.dtype).removeprefix("torch."),
+        "layout": case.layout, "budget": case.budget, "block_size": case.block_size,
+    }  # fmt: skip
+    return [
+        shared
+        | {
+            "path": path,
+            "metadata": case.metadata_bits(pages),
+            "page_size": pages.size,
+            "us": us,
+            "gbps": counted_bytes(case, path, pages) / us / 1e3,
+            "floor_us": floor_us(case, path, pages) if on_gpu else None,
+            "flashinfer_us": flashinfer,
+            "sdpa_us": sdpa,
+            "ratio": peer / us if peer else None,
+        }
+        for pages, path, us in times
+    ]
 
-    case, best = layers.case, math.inf
-    shape = (case.batch, case.kv_heads, case.tokens, HEAD_DIM)
-    pairs = [pool.view(2, *shape) for pool in layers.pools]
 
-    def attend(i):
-        return F.scaled_dot_product_attention(layers.queries[i].view(*shape[:2], -1, HEAD_DIM), *pairs[i])
-
-    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
-        try:
-            with sdpa_kernel(backend):
-                best = min(best, layers.us(attend))
-        except RuntimeError as error:  # a backend that does not take these shapes
-            print(f"# {case.name}: {backend.name}: {str(error).splitlines()[0]}", file=sys.stderr)
-    return best
+def measure(case: Case, device: str, public: bool) -> list[dict]:
+    layers = Layers(case, device)
+    check(layers)
+    others = other_times(layers, public)
+    times = [(pages, path, us) for pages in case.pages for path, us in quest_times(layers, pages).items()]
+    times += [(case.pages[0], path, us) for path, us in others.items() if us is not None]
+    return rows_of(case, times, device != "cpu", others["flashinfer"], others["sdpa"])
 
 
-def floor_us(case: Case) -> float:
-    kept = min(BUDGET, case.tokens)
-    vectors = case.kv_heads * (2 * math.ceil(case.tokens / PAGE) + 2 * kept) + 2 * Q_HEADS
-    return FLOOR_START_US + case.batch * vectors * HEAD_DIM * 2 / FLOOR_BYTES_PER_US
+def show(row: dict) -> None:
+    floor, ratio = (f"{row[key]:.2f}" if row[key] is not None else "-" for key in ("floor_us", "ratio"))
+    where = f"{row['case']:22}{row['path']:20}{row['page_size']:5}{row['metadata']:>5}"
+    print(f"{where}{row['us']:10.2f}{row['gbps']:8.0f}{floor:>9}{ratio:>8}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", action="append", choices=[c.name for c in CASES], help="only these cases")
-    parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--csrc-tree", default="unknown", help="`git rev-parse HEAD:csrc` of the code that runs")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--extra", action="store_true", help="other shapes and settings than the main cases")
+    which.add_argument("--quick", action="store_true", help="small cases on the CPU, in under a minute")
+    names = [case.name for case in [*CASES, *EXTRA_CASES, *QUICK_CASES]]
+    parser.add_argument(
+        "--case", action="append", choices=names, metavar="NAME", help="only this case; may be repeated"
+    )
+    parser.add_argument(
+        "--phases", action="store_true", help="where the fused op spends its time instead; see phases.py"
+    )
+    record.add_arguments(parser)
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("needs a CUDA device; benchmarks/cpu_decode.py times the CPU kernels")
+    if args.phases and (args.figure or args.quick):
+        parser.error("--phases goes with neither --figure nor --quick")
+    if not args.quick and not torch.cuda.is_available():
+        parser.error("needs a CUDA device; --quick times small cases on the CPU")
 
-    rows = []
-    paths = ["append", "estimate", "select", "attend", "separate", "quest-no-workspace", "quest", "dense"]
-    columns = [*paths, "floor", "flashinfer", "sdpa", "ratio"]
-    print(f"{'case':14}" + "".join(f"{c[-10:]:>11}" for c in columns))
-    for case in CASES:
-        if args.case and case.name not in args.case:
-            continue
-        layers = Layers(case, getattr(torch, args.dtype))
-        times = quest_times(layers) | {
-            "flashinfer": flashinfer_us(layers),
-            "sdpa": sdpa_us(layers),
-            "floor": floor_us(case),
-        }
-        peer = times["flashinfer"] or times["sdpa"]
-        times["ratio"] = peer / times["quest"]
-        print(
-            f"{case.name:14}" + "".join(f"{times[c]:11.2f}" if times[c] is not None else f"{'-':>11}" for c in columns),
-            flush=True,
-        )
-        shared = {
-            "case": case.name,
-            "metadata": "16",
-            "page_size": PAGE,
-            "dtype": args.dtype,
-            "flashinfer_us": times["flashinfer"],
-            "sdpa_us": times["sdpa"],
-            "floor_us": times["floor"],
-        }
-        rows += [{**shared, "path": path, "us": times[path]} for path in paths]
-        del layers
-        torch.cuda.empty_cache()
+    cases = QUICK_CASES if args.quick else EXTRA_CASES if args.extra else CASES
+    if args.case:
+        cases = [case for case in [*QUICK_CASES, *CASES, *EXTRA_CASES] if case.name in args.case]
+        if any((case in QUICK_CASES) != args.quick for case in cases):
+            parser.error(
+                f"with --quick, --case takes {', '.join(case.name for case in QUICK_CASES)}; without, the others"
+            )
+    device = "cpu" if args.quick else "cuda"
+    if args.phases:
+        try:
+            clocks = phases.PhaseClocks()
+        except RuntimeError as error:
+            parser.error(str(error))
+        what, rows = phases.WHAT, phases.measure(clocks, cases)
+    else:
+        what, rows = "microseconds a layer", []
+        print(HEADER)
+        for case in cases:
+            new = measure(case, device, public=case in CASES)
+            for row in new:
+                show(row)
+            rows += new
+            torch.cuda.empty_cache()
+    results = record.environment(device, args.csrc_tree) | {"what": what, "rows": rows}
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        record = {
-            "gpu": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "command": "python " + " ".join(sys.argv),
-            "csrc_tree": args.csrc_tree,
-            "budget": BUDGET,
-            "rows": rows,
-        }
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+        record.save(args.json, results)
+    if args.figure:
+        figures.draw(results, args.figure)
 
 
 if __name__ == "__main__":

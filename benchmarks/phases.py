@@ -3,58 +3,77 @@
 Needs a library that notes the clock, which is slower by a few percent; build one in a copy of the project:
 
     QUEST_OPS_PHASE_CLOCKS=1 QUEST_OPS_CUDA_ARCHS=90 pip install --no-build-isolation -e .
-    python benchmarks/phases.py
+    python benchmarks/kernels.py --phases
 
 A row is the median over the blocks of the last launch. "before" is what a block spends waiting for the previous launch
 to end; the rest adds up to a launch. Phases end where a block's first thread passes, so that what its other warps still
 wait for counts into the phase after.
 """
 
-import argparse
 import ctypes
 
 import torch
-from kernels import BUDGET, CASES, HEAD_DIM, PAGE, Q_HEADS, Layers
+from cases import Case, Layers
 
 import quest_ops
-from quest_ops import _C
 
-PHASES = ["before", "score", "keys", "threshold", "list", "attend", "publish", "parts", "merge"]
-MAX_BLOCKS = 512  # kMaxClockedBlocks in csrc/cuda/team.cuh
+WHAT = "median clock cycles of a block between phases of the fused quest_decode_attention"
+# Each phase ends at the mark_phase() of this number; the first begins at mark 0.
+PHASES = {
+    "before": 1, "score": 2, "keys": 3, "threshold": 4, "list": 5, "attend": 6, "publish": 7, "parts": 8, "merge": 9,
+}  # fmt: skip
+CLOCKS_SHAPE = (264, 8, 10)  # blocks, warps, marks: phase_clocks in csrc/cuda/team.cuh, unsigned
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", action="append", choices=[c.name for c in CASES], help="only these cases")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("needs a CUDA device")
-    library = ctypes.CDLL(str(quest_ops._LIBRARY))
-    if not hasattr(library, "quest_read_phase_clocks"):
-        parser.error("this library notes no clocks: build it with QUEST_OPS_PHASE_CLOCKS=1, see --help")
+class PhaseClocks:
+    """The clocks that the last fused launch noted. Raises RuntimeError where the library notes none."""
 
-    properties = torch.cuda.get_device_properties(0)
-    capability, num_sms = 10 * properties.major + properties.minor, properties.multi_processor_count
-    print(f"{'case':14}{'us':>8}" + "".join(f"{p:>11}" for p in [*PHASES, "total"]))
-    for case in CASES:
-        if args.case and case.name not in args.case:
-            continue
-        if case.tokens <= BUDGET:  # nothing to select
-            continue
-        layers = Layers(case, torch.float16)
-        workspace = torch.zeros(quest_ops.ops.WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
-        us = layers.us(lambda i, at=layers, space=workspace: at.quest(i, workspace=space))
-        clocks = torch.empty(MAX_BLOCKS, len(PHASES) + 1, dtype=torch.int64)
-        error = library.quest_read_phase_clocks(ctypes.c_void_p(clocks.data_ptr()))
+    def __init__(self):
+        library = ctypes.CDLL(str(quest_ops._LIBRARY))
+        if not hasattr(library, "quest_read_phase_clocks"):
+            raise RuntimeError(
+                f"{quest_ops._LIBRARY} notes no clocks: build it with QUEST_OPS_PHASE_CLOCKS=1 (phases.py)"
+            )
+        self._read = library.quest_read_phase_clocks
+
+    def read(self) -> torch.Tensor:
+        """[blocks, marks] int64 of each block's first warp; blocks that the launch did not have keep earlier clocks."""
+        clocks = torch.zeros(CLOCKS_SHAPE, dtype=torch.uint32)
+        error = self._read(ctypes.c_void_p(clocks.data_ptr()))
         if error:
             raise RuntimeError(f"reading the clocks failed with CUDA error {error}")
-        teams = case.batch * case.kv_heads
-        plan = _C.plan_fused(capability, num_sms, teams, Q_HEADS // case.kv_heads, HEAD_DIM, case.tokens // PAGE)
-        cycles = clocks[: teams * plan["team_size"]].diff(dim=1).median(0).values.tolist()
-        print(f"{case.name:14}{us:8.2f}" + "".join(f"{c:11}" for c in [*cycles, sum(cycles[1:])]), flush=True)
+        return clocks[:, 0].long()
+
+
+def median_cycles(before: torch.Tensor, after: torch.Tensor) -> dict[str, int] | None:
+    """Of the blocks that ran between two readings; None where there are none: not the fused path."""
+    ran = (before != after).any(1)
+    if not ran.any():
+        return None
+    cycles = after[ran][:, [0, *PHASES.values()]].diff(dim=1) % 2**32  # the clock's low half wraps around
+    return dict(zip(PHASES, cycles.median(0).values.tolist()))
+
+
+def measure(clocks: PhaseClocks, cases: list[Case]) -> list[dict]:
+    """Prints and returns a row for each case and page size that the fused path selects pages for."""
+    rows = []
+    print(f"{'case':22}{'page':>5}{'bits':>5}{'us':>9}" + "".join(f"{p:>11}" for p in [*PHASES, "total"]))
+    for case in cases:
+        if case.context <= case.budget:  # nothing to select
+            continue
+        layers = Layers(case)
+        for pages in case.pages:
+            where = f"{case.name:22}{pages.size:5}{case.metadata_bits(pages):>5}"
+            before = clocks.read()
+            us = layers.us(lambda i, at=layers, p=pages: at.quest(i, p, workspace=at.workspace))
+            cycles = median_cycles(before, clocks.read())
+            if cycles is None:
+                print(f"{where}{us:9.2f}  not the fused path", flush=True)
+                continue
+            total = sum(cycles.values()) - cycles["before"]
+            print(f"{where}{us:9.2f}" + "".join(f"{c:11}" for c in [*cycles.values(), total]), flush=True)
+            shared = {"case": case.name, "page_size": pages.size, "metadata": case.metadata_bits(pages)}
+            rows.append(shared | {"us": us, "cycles": cycles})
         del layers
         torch.cuda.empty_cache()
-
-
-if __name__ == "__main__":
-    main()
+    return rows

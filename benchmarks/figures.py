@@ -1,0 +1,112 @@
+"""Draws the results of kernels.py and break_even.py, from their JSON.
+
+python benchmarks/figures.py benchmarks/results/kernels-h100.json kernels.png
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+
+TICKS_K = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+# What a line is called, the rows it takes and its style, in the order of the legend.
+LINES = {
+    "FlashInfer dense": ({"path": "flashinfer"}, {"color": "tab:orange", "marker": "o"}),
+    "torch SDPA": ({"path": "sdpa"}, {"color": "tab:brown", "marker": "v"}),
+    "Quest of public parts": ({"path": "public"}, {"color": "tab:purple", "marker": "s"}),
+    "our dense": ({"path": "dense"}, {"color": "tab:green", "marker": "^"}),
+    "our separate ops": ({"path": "separate", "wide": True}, {"color": "tab:cyan", "marker": "D"}),
+    "quest": ({"path": "quest", "wide": True}, {"color": "tab:blue", "marker": "o"}),
+    "quest, 8-bit metadata": ({"path": "quest", "metadata": "8", "page_size": 16}, {"color": "tab:red", "marker": "o"}),
+    "quest, 8-bit metadata, pages of 8": (
+        {"path": "quest", "metadata": "8", "page_size": 8},
+        {"color": "tab:pink", "marker": "x"},
+    ),
+}
+
+
+def draw(record: dict, path: Path) -> None:
+    """Raises ValueError where the record holds nothing to draw."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = record["rows"]
+    kind = _break_even if rows and "speedup" in rows[0] else _kernels
+    panels = kind(rows)
+    if not panels:
+        raise ValueError("nothing to draw: the rows are neither of kernels.py's paths nor of break_even.py")
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 5), squeeze=False, layout="constrained")
+    for axis, (title, label, lines) in zip(axes[0], panels):
+        for name, points, style in lines:
+            axis.plot(*zip(*sorted(points)), label=name, markersize=4, **style)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        contexts = sorted({x for _, points, _ in lines for x, _ in points})
+        ticks = [k for k in TICKS_K if contexts[0] <= 1024 * k <= contexts[-1]]
+        axis.set_xticks([1024 * k for k in ticks], [f"{k}K" for k in ticks])
+        axis.set(title=title, xlabel="context, tokens", ylabel=label)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=8)
+    figure.suptitle(f"{record['gpu'] or record['cpu']}, torch {record['torch']}", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _kernels(rows: list[dict]) -> list[tuple]:
+    """Time against context, a panel for each shape that has several contexts (or for each, where none has)."""
+    shapes = defaultdict(list)
+    for row in rows:
+        same = "batch", "kv_heads", "query_heads", "dtype", "layout", "budget", "block_size"
+        if row.get("path") and row["context"] * row["batch"] == row["tokens"]:
+            shapes[tuple(row[key] for key in same)].append(row)
+    curves = {shape: found for shape, found in shapes.items() if len({row["context"] for row in found}) > 1}
+    panels = []
+    for (batch, kv_heads, query_heads, dtype, *_), found in (curves or shapes).items():
+        lines = [
+            (name, [(row["context"], row["us"]) for row in found if _matches(row, wanted)], style)
+            for name, (wanted, style) in LINES.items()
+        ]
+        lines += [
+            (f"floor: {name}", [(r["context"], r["floor_us"]) for r in found if _matches(r, LINES[name][0])],
+             {"color": LINES[name][1]["color"], "linestyle": "--"})
+            for name in ("our dense", "quest", "quest, 8-bit metadata")
+        ]  # fmt: skip
+        lines = [line for line in lines if line[1] and all(y is not None for _, y in line[1])]
+        title = f"{query_heads} query heads, {kv_heads} KV heads, batch {batch}, {dtype}"
+        panels.append((title, "microseconds a layer", lines))
+    return panels
+
+
+def _matches(row: dict, wanted: dict) -> bool:
+    wide = wanted.get("wide", False)  # metadata in the cache's dtype
+    return all(row[key] == value for key, value in wanted.items() if key != "wide") and not (
+        wide and row["metadata"] == "8"
+    )
+
+
+def _break_even(rows: list[dict]) -> list[tuple]:
+    """FlashInfer's time (ours, dense, where it is not there) over quest's, a panel for each group size."""
+    groups = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        groups[row["group"]][row["batch"]].append((row["context"], row["speedup"]))
+    return [
+        (f"{group} query head{'s' * (group > 1)} a KV head", "dense decode / quest",
+         [(f"batch {batch}", points, {"marker": "o"}) for batch, points in batches.items()])
+        for group, batches in groups.items()
+    ]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("json", type=Path)
+    parser.add_argument("png", type=Path)
+    args = parser.parse_args()
+    draw(json.loads(args.json.read_text()), args.png)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""What a file of results says beside its rows: which GPU, torch and command, and which sources of the kernels."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def csrc_tree() -> str | None:
+    """`git rev-parse HEAD:csrc`, "+changes" behind it where csrc differs from HEAD; None outside of a git checkout."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD:csrc") + ("+changes" if git("status", "--porcelain", "csrc") else "")
+    except (FileNotFoundError, subprocess.CalledProcessError):  # no git, no checkout
+        return None
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw them here (PNG; needs matplotlib)")
+    parser.add_argument(
+        "--csrc-tree", help="`git rev-parse HEAD:csrc` of the code that runs, outside of a git checkout"
+    )
+
+
+def environment(device: str, csrc_tree_given: str | None) -> dict:
+    """`device`: "cuda" or "cpu", what was timed."""
+    return {
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "command": "python " + " ".join(sys.argv),
+        "csrc_tree": csrc_tree() or csrc_tree_given or "unknown",
+    }
+
+
+def save(path: Path, record: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")

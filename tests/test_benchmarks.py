@@ -1,0 +1,152 @@
+"""The benchmarks' own arithmetic, and what of them runs without a GPU."""
+
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).parent.parent
+MODULES = ("timing", "cases", "peers", "phases", "record", "figures", "kernels", "break_even")
+ROW_KEYS = {"case", "path", "metadata", "page_size", "us", "flashinfer_us", "sdpa_us", "floor_us", "gbps", "ratio"}
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """The scripts' modules; they are no package, and one has the name of a module of the tests."""
+    hidden = {name: sys.modules.pop(name) for name in MODULES if name in sys.modules}
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        yield types.SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+        for name in MODULES:
+            sys.modules.pop(name, None)
+        sys.modules.update(hidden)
+
+
+def test_floors_are_those_of_hand_computed_bytes(bench):
+    cases = {case.name: case for case in bench.cases.CASES}
+    mha, wide, narrow = cases["mha-32k-b1"], bench.cases.Pages(16), bench.cases.Pages(16, eight_bit=True)
+    vectors = 32 * 128 * 2  # bytes of a token's keys
+    query_and_out = 2 * vectors
+    metadata, kept, all_kv = 2 * 2048 * vectors, 2 * 2048 * vectors, 2 * 32768 * vectors
+    assert bench.cases.counted_bytes(mha, "quest", wide) == metadata + kept + query_and_out
+    assert bench.cases.counted_bytes(mha, "quest", narrow) == metadata // 2 + kept + query_and_out
+    assert bench.cases.counted_bytes(mha, "quest", bench.cases.LIKELY_DEFAULT) == metadata + kept + query_and_out
+    assert bench.cases.counted_bytes(mha, "dense", wide) == all_kv + query_and_out
+    for name, pages, floor in (
+        ("mha-32k-b1", wide, 25.1), ("mha-32k-b1", narrow, 19.4), ("mha-128k-b1", wide, 59.2),
+        ("gqa8-32k-b1", wide, 8.0), ("gqa8-128k-b1", narrow, 10.8), ("gqa8-32k-b8", wide, 47.8),
+    ):  # fmt: skip
+        assert bench.kernels.floor_us(cases[name], "quest", pages) == pytest.approx(floor, abs=0.05)
+
+
+def test_a_partial_last_page_and_a_request_within_the_budget_are_counted_as_they_are(bench):
+    pages = bench.cases.Pages(16)
+    case = bench.cases.Case("ragged", (100, 1000), kv_heads=1, query_heads=1, budget=128)
+    kept = 100 + 7 * 16 + 8  # the long one's 63rd page holds 8 tokens
+    assert bench.cases.counted_bytes(case, "quest", pages) == 256 * (2 * 63 + 2 * kept + 2 * 2)
+    assert bench.cases.counted_bytes(case, "dense", pages) == 256 * (2 * 1100 + 2 * 2)
+    ragged = next(case for case in bench.cases.CASES if case.name == "gqa8-b32-ragged")
+    assert ragged.batch == 32 and sum(ragged.lengths) == pytest.approx(460_000, rel=1e-3)
+    assert 1024 <= min(ragged.lengths) and ragged.context <= 65536
+
+
+def test_break_even_is_where_quest_starts_to_win_for_good(bench):
+    find = bench.break_even.break_even_context
+    gain = bench.break_even.GAIN
+    assert find([1024, 2048, 4096], [gain * 0.5, gain / 2**0.5, gain * 2**0.5]) == pytest.approx(2048 * 2**0.5)
+    assert find([1024, 2048, 4096, 8192], [2.0, gain * 0.5, gain * 2, 3.0]) == pytest.approx(2048 * 2**0.5)
+    assert find([1024, 2048], [1.1, 1.2]) == 1024
+    assert find([1024, 2048], [1.1, 1.0]) is None
+
+
+def test_phases_are_the_median_over_the_blocks_that_ran(bench):
+    before = torch.zeros(264, 10, dtype=torch.int64)
+    after = before.clone()
+    after[:3] = (torch.arange(10) * 100 + 2**32 - 500) % 2**32  # the clock wraps around
+    cycles = bench.phases.median_cycles(before, after)
+    assert list(cycles) == list(bench.phases.PHASES) and cycles["before"] == 100 and sum(cycles.values()) == 900
+    assert bench.phases.median_cycles(before, before) is None
+
+
+class PagedDecode:
+    """FlashInfer's BatchDecodeWithPagedKVCacheWrapper by its documentation, for pools in HND."""
+
+    def __init__(self, workspace, kv_layout, use_tensor_cores):
+        assert kv_layout == "HND"
+
+    def plan(self, starts, indices, last, query_heads, kv_heads, head_dim, page_size, q_data_type, kv_data_type):
+        self.starts, self.indices, self.last = starts.tolist(), indices, last.tolist()
+        self.shape = kv_heads, page_size, head_dim
+
+    def run(self, query, cache):
+        outputs = []
+        for r, last in enumerate(self.last):
+            pages = self.indices[self.starts[r] : self.starts[r + 1]].long()
+            length = (len(pages) - 1) * self.shape[1] + last
+            k, v = (pool[pages].transpose(0, 1).flatten(1, 2)[:, :length] for pool in cache)
+            assert cache[0].shape[1:] == self.shape
+            outputs.append(F.scaled_dot_product_attention(query[r].view(k.size(0), -1, k.size(2)), k, v))
+        return torch.stack(outputs).view_as(query)
+
+
+@pytest.mark.parametrize("query_heads", [2, 8])
+def test_quest_of_public_parts_attends_to_the_pages_that_it_selects(bench, monkeypatch, query_heads):
+    flashinfer = types.SimpleNamespace(BatchDecodeWithPagedKVCacheWrapper=PagedDecode)
+    monkeypatch.setattr(bench.peers, "flashinfer_module", lambda: flashinfer)
+    case = bench.cases.Case("small", (1024, 1024), 2, query_heads, budget=256, dtype=torch.float32)
+    bench.peers.PublicQuest(bench.cases.Layers(case, "cpu"), tensor_cores=False).check()
+
+
+def run_kernels(*arguments):
+    command = [sys.executable, str(ROOT / "benchmarks" / "kernels.py"), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+
+def test_quick_run_on_the_cpu_writes_rows_and_a_figure(tmp_path):
+    pytest.importorskip("matplotlib")
+    files = "--json", tmp_path / "k.json", "--figure", tmp_path / "k.png"
+    done = run_kernels("--quick", "--case", "cpu-4k-b1-fp32", *files)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "k.json").read_text())
+    assert {"gpu", "torch", "command", "csrc_tree", "rows"} <= set(record)
+    assert len({(row["path"], row["page_size"], row["metadata"]) for row in record["rows"]}) == len(record["rows"])
+    for row in record["rows"]:
+        assert set(row) >= ROW_KEYS and row["us"] > 0 and math.isfinite(row["gbps"])
+        assert row["ratio"] == pytest.approx(row["sdpa_us"] / row["us"])
+    assert {"append", "estimate", "select", "attend", "separate", "quest", "dense", "sdpa"} <= {
+        row["path"] for row in record["rows"]
+    }
+    assert (tmp_path / "k.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_both_figures_are_drawn_from_a_json(bench, tmp_path):
+    pytest.importorskip("matplotlib")
+    pages = bench.cases.Pages(16)
+    rows = []
+    for case in bench.cases.CASES:
+        rows += bench.kernels.rows_of(case, [(pages, "quest", 9.0), (pages, "flashinfer", 50.0)], True, 50.0, None)
+    machine = {"gpu": "a GPU", "torch": "2.11"}
+    bench.figures.draw(machine | {"rows": rows}, tmp_path / "kernels.png")
+    curve = [{"group": 1, "batch": 8, "context": 1024 * k, "speedup": float(k)} for k in (1, 4, 16)]
+    bench.figures.draw(machine | {"rows": curve}, tmp_path / "break_even.png")
+    assert all((tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in ("kernels", "break_even"))
+    with pytest.raises(ValueError, match="nothing to draw"):
+        bench.figures.draw(machine | {"rows": []}, tmp_path / "none.png")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("arguments", [(), ("--extra",), ("--phases",)])
+def test_without_a_gpu_the_error_is_one_line(arguments):
+    done = run_kernels(*arguments)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith("--quick times small cases on the CPU")
