@@ -1,5 +1,6 @@
 """The benchmarks' own arithmetic, and what of them runs without a GPU."""
 
+import dataclasses
 import importlib
 import json
 import math
@@ -13,8 +14,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from quest_ops import QuestConfig
+from quest_ops.llama.smollm2 import fetch_smollm2
+from quest_ops.llama.weights import expected_shapes
+
 ROOT = Path(__file__).parent.parent
-MODULES = ("timing", "cases", "peers", "phases", "record", "figures", "kernels", "break_even")
+MODULES = ("timing", "cases", "peers", "phases", "record", "figures", "kernels", "break_even", "decoders", "end_to_end")
 ROW_KEYS = {"case", "path", "metadata", "page_size", "us", "flashinfer_us", "sdpa_us", "floor_us", "gbps", "ratio"}
 
 
@@ -107,8 +112,8 @@ def test_quest_of_public_parts_attends_to_the_pages_that_it_selects(bench, monke
     bench.peers.PublicQuest(bench.cases.Layers(case, "cpu"), tensor_cores=False).check()
 
 
-def run_kernels(*arguments):
-    command = [sys.executable, str(ROOT / "benchmarks" / "kernels.py"), *arguments]
+def run_script(name, *arguments):
+    command = [sys.executable, str(ROOT / "benchmarks" / name), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
 
@@ -116,7 +121,7 @@ def run_kernels(*arguments):
 def test_quick_run_on_the_cpu_writes_rows_and_a_figure(tmp_path):
     pytest.importorskip("matplotlib")
     files = "--json", tmp_path / "k.json", "--figure", tmp_path / "k.png"
-    done = run_kernels("--quick", "--case", "cpu-4k-b1-fp32", *files)
+    done = run_script("kernels.py", "--quick", "--case", "cpu-4k-b1-fp32", *files)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "k.json").read_text())
     assert {"gpu", "torch", "command", "csrc_tree", "rows"} <= set(record)
@@ -148,5 +153,111 @@ def test_both_figures_are_drawn_from_a_json(bench, tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("arguments", [(), ("--extra",), ("--phases",)])
 def test_without_a_gpu_the_error_is_one_line(arguments):
-    done = run_kernels(*arguments)
+    done = run_script("kernels.py", *arguments)
     assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith("--quick times small cases on the CPU")
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("llama-2-7b", 6_738_415_616), ("llama-3.1-8b", 8_030_261_248), ("qwen2.5-7b", 7_615_616_512)],
+)
+def test_the_shapes_have_the_published_numbers_of_parameters(bench, name, parameters):
+    assert sum(map(math.prod, expected_shapes(bench.decoders.SHAPES[name]).values())) == parameters
+
+
+def small_decoder(bench, name):
+    shape = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64, "vocab_size": 100, "head_dim": 64}
+    return bench.decoders.random_decoder(
+        dataclasses.replace(bench.decoders.SHAPES[name], **shape), torch.float32, "cpu"
+    )
+
+
+@pytest.mark.parametrize("name", ["llama-2-7b", "llama-3.1-8b", "qwen2.5-7b"])
+@torch.inference_mode()
+def test_all_attentions_are_compared_in_every_layer_before_they_are_timed(bench, name, monkeypatch):
+    model, attentions = small_decoder(bench, name), ["quest", "dense", "sdpa"]
+    bench.end_to_end.check(model, attentions, QuestConfig())
+    bench.end_to_end.check(model, attentions, QuestConfig(dense_layers=(0,), metadata_dtype=torch.float8_e4m3fn))
+
+    class Wrong(bench.decoders.PagedAttention):
+        def __init__(self, pool, backend):
+            super().__init__(pool, backend)
+            pool.cache.k_cache(1)[7, 3, 0].add_(1)  # a single vector
+
+    monkeypatch.setattr(bench.end_to_end, "PagedAttention", Wrong)
+    with pytest.raises(RuntimeError, match="quest attention, layer 1 is wrong"):
+        bench.end_to_end.check(model, attentions, QuestConfig())
+
+
+@torch.inference_mode()
+def test_both_caches_hold_the_same_tokens_after_a_step(bench):
+    model, size = small_decoder(bench, "qwen2.5-7b"), (2, 100)
+    pool, contiguous = (
+        bench.decoders.FilledPool(model, *size, QuestConfig()),
+        bench.decoders.ContiguousAttention(model, *size),
+    )
+    paged = bench.decoders.PagedAttention(pool, "dense")
+    for attention in (paged, contiguous):
+        for _ in range(2):  # a step can be repeated
+            attention.plan()
+            bench.end_to_end.greedy_step(model, attention, *size)
+    for layer in range(2):
+        keys, values = contiguous.caches[layer].transpose(2, 3)  # [B, tokens, Hkv, D]
+        for b, seq in enumerate(pool.seqs):
+            assert pool.cache.length(seq) == 100
+            blocks = pool.cache.block_ids(seq)
+            for expected, held in ((keys, pool.cache.k_cache(layer)), (values, pool.cache.v_cache(layer))):
+                torch.testing.assert_close(held[blocks].flatten(0, 1)[:100], expected[b], rtol=1e-5, atol=1e-5)
+
+
+def test_the_ratio_is_to_flashinfer_where_there(bench):
+    times = {"quest": 10.0, "flashinfer": 30.0, "sdpa": 40.0}
+    for present, ratio in ((times, 3.0), ({"quest": 10.0, "sdpa": 40.0}, 4.0), ({"quest": 10.0}, None)):
+        quest = bench.end_to_end.rows_of("m", "bf16", 4, 8192, QuestConfig(), {**present, "none": 5.0})[0]
+        assert quest["case"] == "m-8k-b4" and quest["ratio"] == ratio
+        assert quest["tokens_per_s"] == 400 and quest["attention_share"] == 0.5
+
+
+@pytest.fixture
+def smollm2():
+    pytest.importorskip("gguf")
+    try:
+        fetch_smollm2()
+    except RuntimeError as error:
+        if "fetching SmolLM2 failed" not in str(error):  # offline is a reason to skip, another file is not
+            raise
+        pytest.skip(f"SmolLM2 cannot be fetched: {error}")
+
+
+def test_quick_end_to_end_run_writes_rows_and_a_figure(smollm2, tmp_path):
+    pytest.importorskip("matplotlib")
+    files = "--json", tmp_path / "e.json", "--figure", tmp_path / "e.png"
+    done = run_script("end_to_end.py", "--quick", "--context", "1024", "2048", *files)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "e.json").read_text())
+    assert {"gpu", "torch", "command", "csrc_tree", "threads", "rows"} <= set(record)
+    assert {(row["context"], row["attention"]) for row in record["rows"]} == {
+        (context, name) for context in (1024, 2048) for name in ("quest", "dense", "sdpa")
+    }
+    assert all(0 < row["attention_share"] < 1 and row["ms"] > row["rest_ms"] > 0 for row in record["rows"])
+    assert (tmp_path / "e.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "needs a CUDA device; --quick times SmolLM2 on the CPU"),
+        (("--quick", "--attention", "flashinfer"), "--attention flashinfer needs a CUDA device"),
+        (("--quick", "--budget", "32"), "at least 96"),
+    ],
+)
+def test_end_to_end_says_in_one_line_what_it_cannot_do(arguments, message):
+    done = run_script("end_to_end.py", *arguments)
+    assert done.returncode != 0 and done.stderr.splitlines()[-1].endswith(message)
+
+
+def test_end_to_end_refuses_contexts_past_the_positions_of_a_checkpoint(smollm2):
+    done = run_script("end_to_end.py", "--quick", "--context", "9000")
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1] == "--context 9000 is more than the 8192 positions of smollm2"
