@@ -3,56 +3,37 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
 
-from quest_ops import ops
 from quest_ops.attention import QuestAttention
 from quest_ops.cache import PagedKVCache
 from quest_ops.config import QuestConfig, check_int
 
+from .batch import Batch, Call, Generation, split_prompts
 from .model import Llama
 from .sampling import Sampler
-
-
-@dataclass
-class Generation:
-    """What one prompt became.
-
-    tokens: the new tokens, a stop token that ended them not included. finish_reason: "stop", or "length" when
-        max_new_tokens or the cache's room for the sequence was used up.
-    prefill_seconds: until all prompts of the batch had their first token. decode_seconds: from there to this sequence's
-        end, over decode_steps steps; capturing CUDA graphs is not counted.
-    kv_read_share: bytes that the decode steps read of K, V and metadata, as a share of what dense attention reads
-        (see `kv_tokens_read`); None without decode steps.
-    prefill_attention_seconds, decode_attention_seconds: the part spent in QuestAttention.run, with profile_attention.
-    pages: with record_pages, {(step, layer): page ids [Hs, K] int32, ascending, padded with -1}.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    decode_steps: int = 0
-    kv_read_share: float | None = None
-    prefill_attention_seconds: float | None = None
-    decode_attention_seconds: float | None = None
-    pages: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+from .watch import Watch, kv_tokens_read
 
 
 class Generator:
     """Generates with a model through a PagedKVCache and a QuestAttention of its own.
 
     attention: "quest", "dense", "sdpa" or "flashinfer" (QuestAttention's backends). quest: which pages a step keeps.
-    max_batch_size: prompts at once. max_sequence_tokens: longest prompt plus answer; None: the model's positions. The
-        cache holds max_batch_size of them: its size is `cache.kv_bytes`.
-    prefill_chunk: tokens of a prefill step, shared by the prompts of a batch.
+    max_batch_size: sequences at once, each in a slot of its own. max_sequence_tokens: longest prompt plus answer; None:
+        the model's positions.
+    cache_tokens: places in the cache, in whole pages, for all sequences at once; None: max_batch_size times
+        max_sequence_tokens. Its size is `cache.kv_bytes`.
+    prefill_chunk: tokens of a prefill step, shared by the prompts admitted together.
 
-    On a GPU the decode steps of "quest" and "dense" replay CUDA graphs, captured when a number of sequences and kind of
-    step first come up and kept for later calls.
+    Prompts are admitted in order, between decode steps, as soon as a slot is free and the pages of prompt and longest
+    answer are. On a GPU the decode steps of "quest" and "dense" replay CUDA graphs, captured when a number of slots and
+    kind of step first come up and kept for later calls: sequences come and go without a new capture.
+
+    A sequence's tokens depend on no other's, up to the rounding of a matrix product with more rows; but where
+    quest.dense_length exceeds whole pages of the budget, on whether a longer one makes its step sparse.
     """
 
     def __init__(
@@ -63,6 +44,7 @@ class Generator:
         quest: QuestConfig = QuestConfig(),
         max_batch_size: int = 1,
         max_sequence_tokens: int | None = None,
+        cache_tokens: int | None = None,
         prefill_chunk: int = 512,
     ):
         if not isinstance(model, Llama):
@@ -79,13 +61,16 @@ class Generator:
                 f"max_sequence_tokens {max_sequence_tokens} is more than this model's {config.max_position_embeddings} "
                 "positions"
             )
+        num_blocks = max_batch_size * -(-max_sequence_tokens // quest.page_size)
+        if cache_tokens is not None:
+            num_blocks = -(-check_int("cache_tokens", cache_tokens, 1) // quest.page_size)
         self.model, self.quest, self.prefill_chunk = model, quest, prefill_chunk
         self.max_batch_size, self.max_sequence_tokens = max_batch_size, max_sequence_tokens
         self.cache = PagedKVCache(
             config.num_hidden_layers,
             config.num_key_value_heads,
             config.head_dim,
-            num_blocks=max_batch_size * -(-max_sequence_tokens // quest.page_size),
+            num_blocks=num_blocks,
             page_size=quest.page_size,
             dtype=model.dtype,
             device=model.device,
@@ -122,93 +107,58 @@ class Generator:
     ) -> list[Generation]:
         """Continues each prompt by up to `max_new_tokens` tokens; one Generation a prompt, in order.
 
+        prompts: any number; those that find no slot or too few free pages wait for others to end.
         temperature 0 is greedy; else tokens are drawn from the most likely ones that hold top_p of the probability.
+        seed: prompts[i] draws with seed + i (modulo 2**64), as it would alone with that seed; None: a fresh one.
         stop_tokens: None: the model's end tokens; (): none. on_token(index of the prompt, token) sees each token as it
-        comes. progress("prefill" | "decode", done, total) counts prompt tokens, then steps.
+        comes. progress("prefill" | "decode", done, total) counts prompt tokens, and new tokens after each first.
         profile_attention: measure the time in attention (on a GPU with events, and without CUDA graphs).
-        record_pages: decode steps, counted from 0, in which the pages that Quest chooses are noted, for layers that use
-        Quest in that step. Both slow the steps down.
+        record_pages: decode steps of a sequence, counted from 0, in which the pages that Quest chooses are noted, for
+        layers that use Quest in that step. Both slow the steps down.
 
-        Raises ValueError, before anything runs, for more prompts than max_batch_size, an empty prompt, one longer than
-        max_sequence_tokens, token ids outside the vocabulary, and sampling settings out of range; TypeError for prompts
-        that are not lists of ints, and for stop_tokens or a seed that are no ints.
+        Raises ValueError, before anything runs, for no prompts, an empty one, one longer than max_sequence_tokens, one
+        that can never fit the cache with its longest answer, token ids outside the vocabulary, and sampling settings
+        out of range; TypeError for prompts that are not lists of ints, and for stop_tokens or a seed that are no ints.
         """
-        self._check(prompts, max_new_tokens)
+        limits, pages = self._check(prompts, max_new_tokens)
         stops = self.model.config.eos_token_ids if stop_tokens is None else stop_tokens
         if not (isinstance(stops, Collection) and all(isinstance(token, int) for token in stops)):
             raise TypeError(f"stop_tokens must be None or a collection of token ids (int), got {stops!r}")
         self.sampler.start(temperature, top_p, seed)
-        results = [Generation() for _ in prompts]
-        seqs: list[int | None] = [self.cache.add() for _ in prompts]
-        watch = _Watch(self, record_pages) if profile_attention or record_pages else None
-        read, held = [0.0] * len(prompts), [0.0] * len(prompts)
-
-        def take(index: int, token: int) -> None:
-            result = results[index]
-            room = self.max_sequence_tokens - len(prompts[index]) + 1  # the last token needs no place in the cache
-            if token in stops:
-                result.finish_reason = "stop"
-            else:
-                result.tokens.append(token)
-                if len(result.tokens) == min(max_new_tokens, room):
-                    result.finish_reason = "length"
-                if on_token is not None:
-                    on_token(index, token)
-            if result.finish_reason is not None:
-                self.cache.free(seqs[index])
-                seqs[index] = None
-
+        seed = self.sampler.generator.initial_seed()
+        call = Call(
+            prompts=prompts,
+            limits=limits,
+            stops=stops,
+            on_token=on_token,
+            progress=progress,
+            batch=Batch(self.cache, pages, slots=min(len(prompts), self.max_batch_size)),
+            noise=[torch.Generator(self.model.device).manual_seed((seed + i) % 2**64) for i in range(len(prompts))],
+            results=[Generation() for _ in prompts],
+            watch=Watch(self.attention) if profile_attention or record_pages else None,
+            profile_attention=profile_attention,
+            record_pages=record_pages,
+        )
         try:
-            started = time.perf_counter()
-            done, total = 0, sum(map(len, prompts))
-            self.sampler.draw()  # for the first token of every prompt, in whichever chunk that comes
-            for chunk in split_prompts([len(prompt) for prompt in prompts], self.prefill_chunk):
-                for index, token in self._prefill(prompts, seqs, chunk, watch):
-                    take(index, token)
-                done += sum(stop - start for _, start, stop in chunk)
-                if progress is not None:
-                    progress("prefill", done, total)
-            prefill_seconds = time.perf_counter() - started
-            prefill_attention = watch.seconds() if profile_attention else None
-
-            decode_seconds, step = 0.0, 0
-            while any(seq is not None for seq in seqs):
-                started = time.perf_counter()
-                tokens = [result.tokens[-1] if result.tokens else 0 for result in results]
-                next_tokens, capture_seconds = self._decode(seqs, tokens, watch, step)
-                decode_seconds += time.perf_counter() - started - capture_seconds
-                attention_seconds = watch.seconds() if profile_attention else None
-                for index, token in enumerate(next_tokens):
-                    if seqs[index] is None:
-                        continue
-                    results[index].decode_seconds, results[index].decode_steps = decode_seconds, step + 1
-                    if profile_attention:
-                        results[index].decode_attention_seconds = attention_seconds - prefill_attention
-                    all_tokens, read_tokens = self._kv_traffic(self.cache.length(seqs[index]))
-                    held[index], read[index] = held[index] + all_tokens, read[index] + read_tokens
-                    take(index, token)
-                step += 1
-                if progress is not None:
-                    progress("decode", step, max_new_tokens - 1)
+            while True:
+                while admitted := call.batch.admit():
+                    self._prefill(call, admitted)
+                if not call.batch.running:
+                    return call.results
+                self._decode(call)
         finally:
-            for seq in seqs:
-                if seq is not None:
-                    self.cache.free(seq)
+            for slot in call.batch.running:
+                call.batch.release(slot)
 
-        for index, result in enumerate(results):
-            result.prefill_seconds, result.prefill_attention_seconds = prefill_seconds, prefill_attention
-            result.kv_read_share = read[index] / held[index] if held[index] else None
-            if watch is not None:
-                result.pages = {key: pages[index] for key, pages in watch.pages.items() if key[0] < result.decode_steps}
-        return results
-
-    def _check(self, prompts: list[list[int]], max_new_tokens: int) -> None:
+    def _check(self, prompts: list[list[int]], max_new_tokens: int) -> tuple[list[int], list[int]]:
+        """Returns the most new tokens of each prompt, and the most pages that it can come to hold."""
         check_int("max_new_tokens", max_new_tokens, 1)
         if not isinstance(prompts, (list, tuple)):
             raise TypeError(f"prompts must be a list of lists of token ids, got {type(prompts).__name__}")
-        if not 1 <= len(prompts) <= self.max_batch_size:
-            raise ValueError(f"prompts must be 1 to max_batch_size ({self.max_batch_size}) lists, got {len(prompts)}")
-        vocab_size = self.model.config.vocab_size
+        if not prompts:
+            raise ValueError("prompts must be at least one list of token ids, got none")
+        vocab_size, page_size = self.model.config.vocab_size, self.quest.page_size
+        limits, pages = [], []
         for index, prompt in enumerate(prompts):
             if not (isinstance(prompt, (list, tuple)) and all(isinstance(token, int) for token in prompt)):
                 raise TypeError(f"prompts[{index}] must be a list of token ids (int), got {str(prompt)[:40]!r}")
@@ -220,44 +170,93 @@ class Generator:
             low, high = min(prompt), max(prompt)
             if low < 0 or high >= vocab_size:
                 raise ValueError(f"prompts[{index}] has token ids {low} to {high}; the vocabulary has {vocab_size}")
+            # The last token needs no place in the cache.
+            limits.append(min(max_new_tokens, self.max_sequence_tokens - len(prompt) + 1))
+            places = len(prompt) + limits[-1] - 1
+            pages.append(-(-places // page_size))
+            if pages[-1] > self.cache.free_blocks:
+                raise ValueError(
+                    f"prompts[{index}] of {len(prompt)} tokens and {limits[-1]} new ones need {pages[-1]} pages of "
+                    f"{page_size} tokens and can never fit: the cache has {self.cache.free_blocks} free of "
+                    f"{self.cache.num_blocks} (cache_tokens)"
+                )
+        return limits, pages
 
-    def _prefill(self, prompts, seqs, chunk, watch) -> list[tuple[int, int]]:
-        """Runs one chunk; returns (prompt, its first new token) of the prompts that end in it."""
-        tokens = torch.tensor([token for index, start, stop in chunk for token in prompts[index][start:stop]])
-        sizes = [stop - start for _, start, stop in chunk]
-        ends = torch.tensor(sizes).cumsum(0) - 1
-        finished = [i for i, (index, _, stop) in enumerate(chunk) if stop == len(prompts[index])]
-        self.attention.plan([seqs[index] for index, _, _ in chunk], sizes, prefill=True)
+    def _prefill(self, call: Call, slots: list[int]) -> None:
+        """Reads the prompts that have just entered these slots, and takes their first tokens."""
+        started, attention_before = call.clock(), call.attention_seconds()
+        members = [call.batch.prompts[slot] for slot in slots]
+        seqs = [call.batch.seqs[slot] for slot in slots]
+        texts = [call.prompts[index] for index in members]
+        self._draw(call, slots)
         device = self._tokens.device
-        logits = self.model(
-            tokens.to(device),
-            self.attention.positions[: len(tokens)],
-            self.attention if watch is None else watch,
-            last=ends[finished].to(device),
-        )
-        if not finished:
-            return []
-        indices = [chunk[i][0] for i in finished]
-        return list(zip(indices, self.sampler.sample(logits, indices).tolist()))
+        for chunk in split_prompts([len(text) for text in texts], self.prefill_chunk):
+            tokens = torch.tensor([token for i, start, stop in chunk for token in texts[i][start:stop]])
+            sizes = [stop - start for _, start, stop in chunk]
+            ends = torch.tensor(sizes).cumsum(0) - 1
+            finished = [row for row, (i, _, stop) in enumerate(chunk) if stop == len(texts[i])]
+            self.attention.plan([seqs[i] for i, _, _ in chunk], sizes, prefill=True)
+            logits = self.model(
+                tokens.to(device),
+                self.attention.positions[: len(tokens)],
+                self.attention if call.watch is None else call.watch,
+                last=ends[finished].to(device),
+            )
+            if finished:
+                rows = [slots[chunk[row][0]] for row in finished]
+                for slot, token in zip(rows, self.sampler.sample(logits, rows).tolist()):
+                    call.take(slot, token)
+            call.report("prefill", len(tokens))
+        for index in members:
+            call.results[index].prefill_seconds = call.clock() - started
+            if call.profile_attention:
+                call.results[index].prefill_attention_seconds = call.attention_seconds() - attention_before
 
-    def _decode(self, seqs, tokens: list[int], watch, step: int) -> tuple[list[int], float]:
-        """Runs a step of all sequences; returns a token a slot (junk in empty ones) and the seconds spent capturing."""
-        rows = len(seqs)
+    def _decode(self, call: Call) -> None:
+        """Runs a step of all slots, and takes a token for each that is not empty."""
+        started, attention_before = call.clock(), call.attention_seconds()
+        slots, seqs = call.batch.running, call.batch.seqs
+        members = [call.results[call.batch.prompts[slot]] for slot in slots]
+        tokens = torch.zeros(len(seqs), dtype=torch.int64)
+        tokens[slots] = torch.tensor([result.tokens[-1] for result in members])
         self.attention.plan(seqs, 1)
-        self._tokens[:rows].copy_(torch.tensor(tokens))
-        self.sampler.draw()
-        if watch is not None:
-            watch.step = step
-            return self._forward(rows, watch).tolist(), 0.0
-        if not self._use_graphs:
-            return self._forward(rows, self.attention).tolist(), 0.0
+        self._tokens[: len(seqs)].copy_(tokens)
+        self._draw(call, slots)
+        if call.watch is not None:
+            call.watch.records = [
+                (slot, result.decode_steps, result.pages)
+                for slot, result in zip(slots, members)
+                if result.decode_steps in call.record_pages
+            ]
+            next_tokens = self._forward(len(seqs), call.watch).tolist()
+        elif not self._use_graphs:
+            next_tokens = self._forward(len(seqs), self.attention).tolist()
+        else:
+            next_tokens = self._replay(call, len(seqs)).tolist()
+        seconds, attention_seconds = call.clock() - started, call.attention_seconds()
+        for slot, result in zip(slots, members):
+            result.decode_seconds += seconds
+            result.decode_steps += 1
+            if call.profile_attention:
+                past = result.decode_attention_seconds or 0.0
+                result.decode_attention_seconds = past + attention_seconds - attention_before
+            call.count_kv(slot, *self._kv_traffic(self.cache.length(seqs[slot])))
+            call.take(slot, next_tokens[slot])
+        call.report("decode", len(slots))
+
+    def _draw(self, call: Call, slots: list[int]) -> None:
+        """Fresh noise for these slots, from the generators of the prompts in them."""
+        if self.sampler.kind != "greedy":
+            for slot in slots:
+                self.sampler.noise[slot].exponential_(generator=call.noise[call.batch.prompts[slot]])
+
+    def _replay(self, call: Call, rows: int) -> Tensor:
         key = (rows, self.attention.step_kind, self.sampler.kind)
-        capture_seconds = 0.0
         if key not in self._graphs:
             started = time.perf_counter()
             self._graphs[key] = _DecodeGraph(lambda: self._forward(rows, self.attention))
-            capture_seconds = time.perf_counter() - started
-        return self._graphs[key].replay().tolist(), capture_seconds
+            call.capture_seconds += time.perf_counter() - started
+        return self._graphs[key].replay()
 
     def _forward(self, rows: int, attention) -> Tensor:
         logits = self.model(self._tokens[:rows], self.attention.positions[:rows], attention)
@@ -275,40 +274,6 @@ class Generator:
         per_quest_layer = kv_tokens_read(length, self.quest, group=group, metadata_scale=metadata_scale)
         dense_layers = config.num_hidden_layers - quest_layers
         return config.num_hidden_layers * all_tokens, dense_layers * all_tokens + quest_layers * per_quest_layer
-
-
-def kv_tokens_read(length: int, quest: QuestConfig, *, group: int = 1, metadata_scale: float = 1.0) -> float:
-    """What a Quest layer reads in a decode step at `length` tokens, in places of a token's K and V.
-
-    With n = ceil(length / page_size) pages: all n * page_size places where n fits the page budget; else
-
-        n * metadata_scale + heads * page_budget * page_size
-
-    A page's metadata, two vectors, weighs as much as one token's K and V times metadata_scale: its bytes an element
-    over the cache's. heads is 1, or with head_reduction "none" the group: each of its query heads reads its own pages.
-    """
-    pages = -(-length // quest.page_size)
-    if pages <= quest.page_budget:
-        return pages * quest.page_size
-    heads = group if quest.head_reduction == "none" else 1
-    return pages * metadata_scale + heads * quest.page_budget * quest.page_size
-
-
-def split_prompts(lengths: list[int], chunk: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Prefill steps of `chunk` tokens (the last may have fewer): lists of (prompt, start, stop), in order."""
-    step, room = [], chunk
-    for index, length in enumerate(lengths):
-        start = 0
-        while start < length:
-            stop = min(start + room, length)
-            step.append((index, start, stop))
-            room -= stop - start
-            start = stop
-            if room == 0:
-                yield step
-                step, room = [], chunk
-    if step:
-        yield step
 
 
 class _DecodeGraph:
@@ -330,58 +295,3 @@ class _DecodeGraph:
     def replay(self) -> Tensor:
         self.graph.replay()
         return self.tokens
-
-
-class _Watch:
-    """Stands between the model and the attention: times each run and notes the pages that Quest chooses."""
-
-    def __init__(self, generator: Generator, record_steps: Collection[int]):
-        self.attention, self.cache, self.quest = generator.attention, generator.cache, generator.quest
-        self.on_gpu = generator.model.device.type == "cuda"
-        self.record_steps, self.step = record_steps, None
-        self.pages: dict[tuple[int, int], Tensor] = {}
-        self._seconds, self._events = 0.0, []
-
-    def run(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        start = self._now()
-        out = self.attention.run(layer, query, key, value)
-        stop = self._now()
-        if self.on_gpu:
-            self._events.append((start, stop))
-        else:
-            self._seconds += stop - start
-        chooses = self.attention.step_kind == "quest" and layer not in self.quest.dense_layers
-        if chooses and self.step in self.record_steps:
-            self.pages[self.step, layer] = self._choose(layer, query)
-        return out
-
-    def seconds(self) -> float:
-        """Seconds in attention so far."""
-        if self._events:
-            torch.cuda.synchronize()
-            self._seconds += sum(start.elapsed_time(stop) for start, stop in self._events) / 1000
-            self._events = []
-        return self._seconds
-
-    def _now(self):
-        if not self.on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _choose(self, layer: int, query: Tensor) -> Tensor:
-        # The fused op does not tell its choice: its first two steps again, with this step's key in the metadata.
-        quest, seq_lens = self.quest, self.attention.seq_lens[: len(query)]
-        scores = ops.estimate_page_scores(
-            query,
-            self.cache.page_metadata(layer),
-            self.attention.block_table[: len(query)],
-            seq_lens,
-            quest.page_size,
-            quest.head_reduction,
-        )
-        page_ids, _ = ops.select_topk_pages(
-            scores, seq_lens, quest.page_size, quest.page_budget, quest.sink_pages, quest.recent_pages
-        )
-        return page_ids.cpu()  # [R, Hs, K]
