@@ -11,7 +11,6 @@ import argparse
 import itertools
 import math
 
-import figures
 import peers
 import record
 import torch
@@ -106,11 +105,7 @@ def main() -> None:
     print(f"\nbreak-even context\n{'group':>6}{'batch':>7}{'with our dense':>18}{'with FlashInfer':>18}")
     for curve in curves:
         print(f"{curve['group']:6}{curve['batch']:7}{text(curve, 'dense'):>18}{text(curve, 'flashinfer'):>18}")
-    results = record.environment("cuda", args.csrc_tree) | {"gain": GAIN, "break_even": curves, "rows": rows}
-    if args.json:
-        record.save(args.json, results)
-    if args.figure:
-        figures.draw(results, args.figure)
+    record.finish(args, "cuda", {"gain": GAIN, "break_even": curves, "rows": rows})
 
 
 if __name__ == "__main__":

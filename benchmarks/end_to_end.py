@@ -29,8 +29,7 @@ from quest_ops import QuestConfig
 from quest_ops.llama.model import Llama, default_dtype
 
 WEIGHTS = {"bf16": torch.bfloat16, "fp32": torch.float32}
-COLORS = {"quest": "tab:blue", "dense": "tab:green", "flashinfer": "tab:orange", "sdpa": "tab:brown"}
-ATTENTIONS = tuple(COLORS)
+ATTENTIONS = tuple(figures.ATTENTIONS)
 CONTEXTS = tuple(1024 * k for k in (8, 16, 32, 64, 128))
 QUICK_CONTEXTS = tuple(1024 * k for k in (2, 4, 8))
 CPU_TURNS, CPU_PASSES = 5, 8
@@ -153,36 +152,6 @@ def show(row: dict) -> None:
     print(f"{row['case']:24}{row['weights']:>8}  {row['attention']:12}{times}", flush=True)
 
 
-def draw(results: dict, path: Path) -> None:
-    """Milliseconds a token of each sequence against context: a panel for each model and batch, a line an attention."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = results["rows"]
-    panels = sorted({(row["model"], row["batch"]) for row in rows})
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 5), squeeze=False, layout="constrained")
-    for axis, (model, batch) in zip(axes[0], panels):
-        shown = [row for row in rows if (row["model"], row["batch"]) == (model, batch)]
-        for name, color in COLORS.items():
-            points = sorted((row["context"], row["ms"]) for row in shown if row["attention"] == name)
-            if points:
-                axis.plot(*zip(*points), label=name, color=color, marker="o", markersize=4)
-        axis.set_xscale("log", base=2)
-        contexts = [row["context"] for row in shown]
-        ticks = [k for k in figures.TICKS_K if min(contexts) <= 1024 * k <= max(contexts)]
-        axis.set_xticks([1024 * k for k in ticks], [f"{k}K" for k in ticks])
-        title = f"{model}, batch {batch}, {shown[0]['weights']}, budget {shown[0]['budget']}"
-        axis.set(title=title, xlabel="context, tokens", ylabel="milliseconds a token", ylim=(0, None))
-        axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
-    figure.suptitle(f"{results['gpu'] or results['cpu']}, torch {results['torch']}", fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-
-
 def load(name: str, dtype: torch.dtype, device: str) -> Llama:
     if name in SHAPES:
         return random_decoder(SHAPES[name], dtype, device)
@@ -256,15 +225,8 @@ def main() -> None:
                     show(row)
                 rows += new
         del model
-    results = record.environment(args.device, args.csrc_tree) | {
-        "what": "milliseconds a decode step",
-        "threads": torch.get_num_threads(),
-        "rows": rows,
-    }
-    if args.json:
-        record.save(args.json, results)
-    if args.figure:
-        draw(results, args.figure)
+    contents = {"what": "milliseconds a decode step", "threads": torch.get_num_threads(), "rows": rows}
+    record.finish(args, args.device, contents)
 
 
 if __name__ == "__main__":

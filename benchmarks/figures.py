@@ -1,4 +1,4 @@
-"""Draws the results of kernels.py and break_even.py, from their JSON.
+"""Draws the results of kernels.py, break_even.py and end_to_end.py, from their JSON.
 
 python benchmarks/figures.py benchmarks/results/kernels-h100.json kernels.png
 """
@@ -23,6 +23,8 @@ LINES = {
         {"color": "tab:pink", "marker": "x"},
     ),
 }
+# The attentions of end_to_end.py, in the order of the legend.
+ATTENTIONS = {"quest": "tab:blue", "dense": "tab:green", "flashinfer": "tab:orange", "sdpa": "tab:brown"}
 
 
 def draw(record: dict, path: Path) -> None:
@@ -33,21 +35,24 @@ def draw(record: dict, path: Path) -> None:
     from matplotlib import pyplot
 
     rows = record["rows"]
-    kind = _break_even if rows and "speedup" in rows[0] else _kernels
+    first = rows[0] if rows else {}
+    kind = _break_even if "speedup" in first else _end_to_end if "attention" in first else _kernels
     panels = kind(rows)
     if not panels:
-        raise ValueError("nothing to draw: the rows are neither of kernels.py's paths nor of break_even.py")
+        raise ValueError("nothing to draw: the rows are of none of kernels.py, break_even.py and end_to_end.py")
     figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 5), squeeze=False, layout="constrained")
     for axis, (title, label, lines) in zip(axes[0], panels):
         for name, points, style in lines:
             axis.plot(*zip(*sorted(points)), label=name, markersize=4, **style)
         axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
+        axis.set_yscale("linear" if kind is _end_to_end else "log")
         contexts = sorted({x for _, points, _ in lines for x, _ in points})
         ticks = [k for k in TICKS_K if contexts[0] <= 1024 * k <= contexts[-1]]
         axis.set_xticks([1024 * k for k in ticks], [f"{k}K" for k in ticks])
         axis.set(title=title, xlabel="context, tokens", ylabel=label)
         axis.yaxis.set_major_formatter("{x:g}")
+        if kind is _end_to_end:
+            axis.set_ylim(0, None)
         axis.grid(alpha=0.3)
     axes[0][0].legend(fontsize=8)
     figure.suptitle(f"{record['gpu'] or record['cpu']}, torch {record['torch']}", fontsize=9)
@@ -97,6 +102,19 @@ def _break_even(rows: list[dict]) -> list[tuple]:
         (f"{group} query head{'s' * (group > 1)} a KV head", "dense decode / quest",
          [(f"batch {batch}", points, {"marker": "o"}) for batch, points in batches.items()])
         for group, batches in groups.items()
+    ]  # fmt: skip
+
+
+def _end_to_end(rows: list[dict]) -> list[tuple]:
+    """Milliseconds a token of each sequence against context, a panel for each model and batch."""
+    panels = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        shape = tuple(row[key] for key in ("model", "batch", "weights", "budget"))
+        panels[shape][row["attention"]].append((row["context"], row["ms"]))
+    return [
+        (f"{model}, batch {batch}, {weights}, budget {budget}", "milliseconds a token",
+         [(name, found[name], {"color": color, "marker": "o"}) for name, color in ATTENTIONS.items() if name in found])
+        for (model, batch, weights, budget), found in sorted(panels.items())
     ]  # fmt: skip
 
 

@@ -15,7 +15,6 @@ with pages of a block and metadata in the cache's dtype.
 
 import argparse
 
-import figures
 import peers
 import phases
 import record
@@ -155,11 +154,7 @@ def main() -> None:
                 show(row)
             rows += new
             torch.cuda.empty_cache()
-    results = record.environment(device, args.csrc_tree) | {"what": what, "rows": rows}
-    if args.json:
-        record.save(args.json, results)
-    if args.figure:
-        figures.draw(results, args.figure)
+    record.finish(args, device, {"what": what, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import figures
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,3 +47,12 @@ def environment(device: str, csrc_tree_given: str | None) -> dict:
 def save(path: Path, record: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def finish(args, device: str, results: dict) -> None:
+    """Writes and draws what the arguments of `add_arguments` ask for."""
+    results = environment(device, args.csrc_tree) | results
+    if args.json:
+        save(args.json, results)
+    if args.figure:
+        figures.draw(results, args.figure)

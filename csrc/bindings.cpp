@@ -35,9 +35,8 @@ PYBIND11_MODULE(_C, module) {
         },
         py::arg("capability"), py::arg("num_sms"), py::arg("teams"), py::arg("group"), py::arg("head_dim"),
         py::arg("max_pages"),
-        "Thread blocks that serve one (row, KV head) in the one-launch quest_decode_attention, or, with max_pages 0, "
-        "in "
-        "dense sparse_decode_attention with a workspace; 0: the portable path is taken.");
+        "Thread blocks that serve one (row, KV head) in the one-launch quest_decode_attention, or, with max_pages "
+        "0, in dense sparse_decode_attention with a workspace; 0: the portable path is taken.");
     module.def(
         "overlaps_launches", [](int capability) { return quest::overlaps_launches({capability, 1}); },
         py::arg("capability"), "Whether kernels are chained by programmatic dependent launch.");

@@ -1,5 +1,6 @@
 """Random models of the reference decoder, for the tests that need one and no checkpoint file."""
 
+import pytest
 import torch
 
 from quest_ops.llama.config import LlamaConfig
@@ -14,3 +15,16 @@ def random_llama(config: LlamaConfig, dtype: torch.dtype, device: str) -> Llama:
         for name, shape in expected_shapes(config).items()
     }
     return Llama.from_checkpoint(Checkpoint(config, weights, tokenizer=None)).to(device, dtype)
+
+
+def fetch_smollm2_or_skip():
+    """The embedded model's file; skips the test where it cannot be fetched."""
+    pytest.importorskip("gguf")
+    from quest_ops.llama.smollm2 import fetch_smollm2
+
+    try:
+        return fetch_smollm2()
+    except RuntimeError as error:
+        if "fetching SmolLM2 failed" not in str(error):  # offline is a reason to skip, another file is not
+            raise
+        pytest.skip(f"SmolLM2 cannot be fetched: {error}")

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from models import fetch_smollm2_or_skip
 
 from quest_ops import QuestConfig
-from quest_ops.llama.smollm2 import fetch_smollm2
 from quest_ops.llama.weights import expected_shapes
 
 ROOT = Path(__file__).parent.parent
@@ -220,13 +220,7 @@ def test_the_ratio_is_to_flashinfer_where_there(bench):
 
 @pytest.fixture
 def smollm2():
-    pytest.importorskip("gguf")
-    try:
-        fetch_smollm2()
-    except RuntimeError as error:
-        if "fetching SmolLM2 failed" not in str(error):  # offline is a reason to skip, another file is not
-            raise
-        pytest.skip(f"SmolLM2 cannot be fetched: {error}")
+    fetch_smollm2_or_skip()
 
 
 def test_quick_end_to_end_run_writes_rows_and_a_figure(smollm2, tmp_path):

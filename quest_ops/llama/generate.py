@@ -124,8 +124,7 @@ class Generator:
         stops = self.model.config.eos_token_ids if stop_tokens is None else stop_tokens
         if not (isinstance(stops, Collection) and all(isinstance(token, int) for token in stops)):
             raise TypeError(f"stop_tokens must be None or a collection of token ids (int), got {stops!r}")
-        self.sampler.start(temperature, top_p, seed)
-        seed = self.sampler.generator.initial_seed()
+        seed = self.sampler.start(temperature, top_p, seed)
         call = Call(
             prompts=prompts,
             limits=limits,
@@ -246,9 +245,8 @@ class Generator:
 
     def _draw(self, call: Call, slots: list[int]) -> None:
         """Fresh noise for these slots, from the generators of the prompts in them."""
-        if self.sampler.kind != "greedy":
-            for slot in slots:
-                self.sampler.noise[slot].exponential_(generator=call.noise[call.batch.prompts[slot]])
+        for slot in slots:
+            self.sampler.draw(slot, call.noise[call.batch.prompts[slot]])
 
     def _replay(self, call: Call, rows: int) -> Tensor:
         key = (rows, self.attention.step_kind, self.sampler.kind)

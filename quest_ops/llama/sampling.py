@@ -10,35 +10,32 @@ class Sampler:
     """Samples rows of logits on their device; the host never waits for a value.
 
     All that changes from step to step lies in buffers with fixed addresses, so that a CUDA graph can hold `sample`:
-    call `draw` before each run of it, and key graphs by `kind`. Random numbers come from one generator: the same seed
-    and the same calls give the same tokens on the same device. Each row has its own, whatever the others hold.
+    call `draw` for its rows before each run of it, and key graphs by `kind`. A row's random numbers come from the
+    generator that is given for it: the same seed and the same calls give the same tokens on the same device, whatever
+    the other rows hold.
     """
 
     def __init__(self, max_rows: int, vocab_size: int, device: torch.device):
-        self.generator = torch.Generator(device)
         self.noise = torch.empty(max_rows, vocab_size, device=device)
         self.temperature = torch.ones((), device=device)
         self.top_p = torch.ones((), device=device)
         self.kind = "greedy"
 
-    def start(self, temperature: float, top_p: float, seed: int | None) -> None:
-        """Settings for the steps to come. temperature 0: greedy. seed None: a fresh one.
+    def start(self, temperature: float, top_p: float, seed: int | None) -> int:
+        """Settings for the steps to come. temperature 0: greedy. Returns the seed, below 2**64; None: a fresh one.
 
         Raises ValueError and TypeError as `check_sampling`.
         """
         check_sampling(temperature, top_p, seed)
         self.kind = "greedy" if temperature == 0 else "temperature" if top_p == 1 else "top_p"
-        if seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(seed)
         self.temperature.fill_(temperature)
         self.top_p.fill_(top_p)
+        return torch.Generator().seed() if seed is None else seed % 2**64
 
-    def draw(self) -> None:
-        """Fresh random numbers for the next `sample`."""
+    def draw(self, row: int, generator: torch.Generator) -> None:
+        """Fresh random numbers for a row of the next `sample`."""
         if self.kind != "greedy":
-            self.noise.exponential_(generator=self.generator)
+            self.noise[row].exponential_(generator=generator)
 
     def sample(self, logits: Tensor, rows: list[int] | None = None) -> Tensor:
         """logits [R, V] float32 of these rows (None: the first R) -> tokens [R] int64."""
