@@ -130,7 +130,7 @@ bool fused_quest_decode_attention(const FusedParams& params, const torch::stable
     const int64_t teams = int64_t(a.num_rows) * a.num_kv_heads;
     const int32_t group = a.num_q_heads / a.num_kv_heads, max_pages = a.paging.max_pages(),
                   team_log2 = plan_team(scope.chip, teams, group, a.head_dim, max_pages);
-    if (team_log2 < 0 || a.num_blocks == 0 || params.recent_pages < kLeastRecentPages) return false;
+    if (team_log2 < 0 || a.num_blocks == 0) return false;
     const int64_t words = teams * team_words(1 << team_log2, group, a.head_dim, max_pages);
     torch::stable::Tensor scratch;
     if (workspace) {

@@ -63,8 +63,6 @@ constexpr int kShortlistEntries = 2048;   // of a team
 constexpr int kTeamWarps = 8;             // a block
 constexpr int kMaxTeamLog2 = 4, kMaxTeam = 1 << kMaxTeamLog2;
 constexpr int kMaxTeamGroup = 8;  // query heads a KV head: the columns of an mma
-// The sample of keys from which a block starts its search may reach this many pages past the competing ones.
-constexpr int kLeastRecentPages = 3;
 constexpr int64_t kWorkspaceBytes = 8 << 20;
 
 // Words of workspace: flags, parts of the output, bounds and entries of shortlists, the keys of a team's pages.

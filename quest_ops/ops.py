@@ -206,8 +206,8 @@ def quest_decode_attention(
     Equal to the composition of the three; arguments, results and errors are theirs. A page is `S / M` tokens, from the
     shapes of the cache and its metadata. Rows whose pages fit the budget are attended in full.
 
-    On a GPU of compute capability 9.0 and later the whole step is one launch wherever its blocks fit the chip together
-    and at least 3 recent pages are kept. They exchange scores through `workspace`: uint8 `[bytes]`, zeros at first use,
+    On a GPU of compute capability 9.0 and later the whole step is one launch wherever its blocks fit the chip together.
+    They exchange scores through `workspace`: uint8 `[bytes]`, zeros at first use,
     `WORKSPACE_BYTES` (8 MiB) for any call, left as zeros; calls that may run at the same time need one each. None:
     fresh scratch, cleared by a launch of its own (about 1 us).
     """

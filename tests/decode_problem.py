@@ -92,17 +92,17 @@ class Problem:
         tokens = tokens.masked_fill(unseen[..., None, None], torch.nan)
         pool[self.blocks] = tokens.view(*self.blocks.shape, *pool.shape[1:])
 
-    def fused(self, budget, sink=1, recent=3, reduction="max", **options):
+    def fused(self, budget, sink=1, recent=2, reduction="max", **options):
         inputs = self.query, self.k, self.v, self.metadata, self.table, self.lens
         return quest_ops.quest_decode_attention(*inputs, budget, sink, recent, reduction, **options)
 
-    def select(self, budget, sink=1, recent=3, reduction="max", page_budgets=None):
+    def select(self, budget, sink=1, recent=2, reduction="max", page_budgets=None):
         scores = quest_ops.estimate_page_scores(self.query, self.metadata, self.table, self.lens, self.page, reduction)
         return quest_ops.select_topk_pages(
             scores, self.lens, self.page, budget, sink, recent, page_budgets=page_budgets
         )
 
-    def separate(self, budget, sink=1, recent=3, reduction="max", page_budgets=None, sm_scale=None):
+    def separate(self, budget, sink=1, recent=2, reduction="max", page_budgets=None, sm_scale=None):
         chosen = self.select(budget, sink, recent, reduction, page_budgets)
         return self.dense(*chosen, sm_scale=sm_scale)
 

@@ -135,7 +135,7 @@ __device__ __forceinline__ Selection select_pages(const TeamSpace& space, Select
     TeamKeys<kChunks> keys;
     keys.num_chunks = (num_pages + kKeysAtOnce - 1) / kKeysAtOnce;
     // Where a lane's part of the sample lies; where few pages compete, all of them are looked at instead.
-    const int competing = last - first, sample = (first + 3 + lane * (competing / kWarp)) / 4 * 4;
+    const int competing = last - first, sample = (first + lane * (competing / kWarp)) / 4 * 4;
     // A page that does not exist has the key 1. Whoever has a key has it for good.
 #pragma unroll
     for (int c = 0; c < kChunks; ++c)
