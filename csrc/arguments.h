@@ -1,6 +1,7 @@
 // From torch arguments to the kernels' params: what the ops' tensors must be, each checked in one place.
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <optional>
 #include <string>
 
@@ -21,6 +22,16 @@ inline HeadReduction reduction_of(const std::string& name) {
     if (name == "mean") return HeadReduction::kMean;
     if (name == "none") return HeadReduction::kNone;
     fail("head_reduction must be \"max\", \"mean\" or \"none\", got \"", name, "\"");
+}
+
+inline BoundRule bound_of(const std::string& name, double scale) {
+    const float scale32 = static_cast<float>(scale);
+    if (!(scale32 > 0) || !std::isfinite(scale32)) fail("bound_scale must be a positive float32 number, got ", scale);
+    if (name == "cuboid") return {BoundKind::kCuboid, scale32};
+    if (name == "mean_std") return {BoundKind::kMeanStd, scale32};
+    if (name != "minmax") fail("bound must be \"minmax\", \"cuboid\" or \"mean_std\", got \"", name, "\"");
+    if (scale != 1) fail("bound_scale must be 1 for bound \"minmax\", got ", scale);
+    return {BoundKind::kMinMax, 1.0f};
 }
 
 inline Rows rows_of(const Arg& a) { return {a.data(), a.stride_of(0), a.stride_of(1)}; }

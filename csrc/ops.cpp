@@ -28,7 +28,8 @@ Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, Scala
     return torch::stable::new_empty(like, sizes, dtype);
 }
 
-void append_paged_kv(Tensor key_, Tensor value_, Tensor k_cache_, Tensor v_cache_, Tensor metadata_, Tensor slots_) {
+void append_paged_kv(Tensor key_, Tensor value_, Tensor k_cache_, Tensor v_cache_, Tensor metadata_, Tensor slots_,
+                     std::string bound_, double bound_scale) {
     const Arg k_cache = cache_arg("k_cache", k_cache_), v_cache = cache_arg("v_cache", v_cache_);
     const Arg key("key", key_, {3}, "[tokens, num_kv_heads, head_dim]"),
         value("value", value_, {3}, "[tokens, num_kv_heads, head_dim]");
@@ -53,6 +54,7 @@ void append_paged_kv(Tensor key_, Tensor value_, Tensor k_cache_, Tensor v_cache
     slots.expect_contiguous();
     if (slots.sizes[0] > key.sizes[0])
         fail("slot_mapping has ", slots.sizes[0], " entries, but key has only ", key.sizes[0], " rows");
+    const BoundRule bound = bound_of(bound_, bound_scale);
 
     const AppendParams params{rows_of(key),
                               rows_of(value),
@@ -65,7 +67,8 @@ void append_paged_kv(Tensor key_, Tensor value_, Tensor k_cache_, Tensor v_cache
                               narrow("head_dim", k_cache.sizes[3]),
                               static_cast<int32_t>(page_size),
                               pages_per_block,
-                              dtype};
+                              dtype,
+                              bound};
     if (params.num_tokens == 0 || params.num_kv_heads == 0) return;
     if (k_cache.tensor.is_cuda()) return cuda::append_paged_kv(params, k_cache.tensor.get_device_index());
     const int64_t capacity = k_cache.sizes[0] * k_cache.sizes[1];
@@ -75,7 +78,8 @@ void append_paged_kv(Tensor key_, Tensor value_, Tensor k_cache_, Tensor v_cache
     cpu::append_paged_kv(params);
 }
 
-void update_page_metadata(Tensor k_cache_, Tensor metadata_, Tensor table_, Tensor seq_lens_, Tensor start_lens_) {
+void update_page_metadata(Tensor k_cache_, Tensor metadata_, Tensor table_, Tensor seq_lens_, Tensor start_lens_,
+                          std::string bound_, double bound_scale) {
     const Arg k_cache = cache_arg("k_cache", k_cache_);
     const Arg metadata("page_metadata", metadata_, {4, 5}, kMetadataShape),
         table("block_table", table_, {2}, "[requests, max_blocks]");
@@ -95,7 +99,8 @@ void update_page_metadata(Tensor k_cache_, Tensor metadata_, Tensor table_, Tens
                               narrow("requests", table.sizes[0]),
                               narrow("num_kv_heads", k_cache.sizes[2]),
                               narrow("head_dim", k_cache.sizes[3]),
-                              dtype};
+                              dtype,
+                              bound_of(bound_, bound_scale)};
     if (params.num_requests == 0 || params.num_kv_heads == 0 || params.paging.max_blocks == 0) return;
     if (k_cache.tensor.is_cuda()) return cuda::update_page_metadata(params, k_cache.tensor.get_device_index());
     check_table_values(params.paging, params.num_requests, params.seq_lens, 1, k_cache.sizes[0]);
@@ -400,10 +405,10 @@ extern "C" __attribute__((visibility("default"))) const char* quest_ops_cpu_capa
 STABLE_TORCH_LIBRARY(quest_ops, library) {
     library.def(
         "append_paged_kv(Tensor key, Tensor value, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) page_metadata, "
-        "Tensor slot_mapping) -> ()");
+        "Tensor slot_mapping, *, str bound=\"minmax\", float bound_scale=1.0) -> ()");
     library.def(
         "update_page_metadata(Tensor k_cache, Tensor(a!) page_metadata, Tensor block_table, Tensor seq_lens, "
-        "Tensor start_lens) -> ()");
+        "Tensor start_lens, *, str bound=\"minmax\", float bound_scale=1.0) -> ()");
     library.def(
         "estimate_page_scores(Tensor query, Tensor page_metadata, Tensor block_table, Tensor seq_lens, int page_size, "
         "str head_reduction) -> Tensor");

@@ -7,6 +7,14 @@ namespace quest {
 
 enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kFloat8E4M3 };
 enum class HeadReduction : int32_t { kMax, kMean, kNone };
+enum class BoundKind : int32_t { kMinMax, kCuboid, kMeanStd };
+
+// What the two vectors of a page are: minimum and maximum of its keys, or mean -+ scale * mean absolute deviation
+// (kCuboid) or standard deviation (kMeanStd).
+struct BoundRule {
+    BoundKind kind;
+    float scale;
+};
 
 // [num_blocks, S, Hkv, D]
 struct Pool {
@@ -48,6 +56,7 @@ struct AppendParams {
     int32_t num_tokens;           // N
     int32_t num_kv_heads, head_dim, page_size, pages_per_block;
     DType dtype;
+    BoundRule bound;
 };
 
 struct UpdateParams {
@@ -59,6 +68,7 @@ struct UpdateParams {
     int32_t num_requests;       // B
     int32_t num_kv_heads, head_dim;
     DType dtype;
+    BoundRule bound;
 };
 
 struct EstimateParams {

@@ -160,7 +160,16 @@ class QuestAttention:
         self._check_inputs(layer, query, key, value)
         cache, config = self.cache, self.config
         k_cache, v_cache, metadata = cache.k_cache(layer), cache.v_cache(layer), cache.page_metadata(layer)
-        ops.append_paged_kv(key, value, k_cache, v_cache, metadata, self.slot_mapping)
+        ops.append_paged_kv(
+            key,
+            value,
+            k_cache,
+            v_cache,
+            metadata,
+            self.slot_mapping,
+            bound=config.bound,
+            bound_scale=config.bound_scale,
+        )
         if self.step_kind == "prefill" or self.backend == "sdpa":
             return self._run_sdpa(layer, query)
         if self._flashinfer is not None:

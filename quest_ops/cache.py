@@ -37,7 +37,7 @@ class PagedKVCache:
     num_blocks: rows of the pool. A sequence of n tokens holds ceil(n / block_size) of them; forks share full blocks.
     page_size: tokens a page, what Quest selects: 8, 16, 32, 64 or 128. pages_per_block: 1 to 8.
     dtype: bfloat16, float16, or, on a CPU, float32.
-    metadata_dtype: None or the same, or float8_e4m3fn: minima rounded down and maxima up, saturating at +-448.
+    metadata_dtype: None or the same, or float8_e4m3fn, saturating at +-448.
     max_sequence_tokens: longest sequence allowed; None: what the pool holds.
 
     In memory K and V are one tensor `pool [num_layers, num_blocks, 2, Hkv, S, D]` (HND), the metadata another,
@@ -45,8 +45,9 @@ class PagedKVCache:
     `append_paged_kv` at the places that `slots` names. Each of them checks first: when it raises, nothing has changed.
     Copies run on the current stream of the device; nothing here waits for the device.
 
-    After `rollback` the metadata of the page in which the sequence now ends still bounds the tokens that were cut off
-    (the page may be shared, and a bound stays a bound). The next append to that page recomputes it.
+    After `rollback` the metadata of the page in which the sequence now ends is still that of the tokens that were cut
+    off, too (the page may be shared, and a last page is attended whatever its score). The next append to that page
+    recomputes it.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class PagedKVCache:
         return self._layers[layer][1]
 
     def page_metadata(self, layer: int) -> torch.Tensor:
-        """Page metadata of a layer: a view [num_blocks, Hkv, M, 2, D]: channel-wise min and max of each page's keys."""
+        """Page metadata of a layer: a view [num_blocks, Hkv, M, 2, D]: the two vectors of each page."""
         return self._page_metadata[layer]
 
     @property

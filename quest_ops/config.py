@@ -8,6 +8,8 @@ import torch
 
 PAGE_SIZES = (8, 16, 32, 64, 128)
 HEAD_REDUCTIONS = ("max", "mean", "none")
+BOUNDS = ("minmax", "cuboid", "mean_std")
+FLOAT32 = torch.finfo(torch.float32)
 METADATA_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)
 
 
@@ -32,8 +34,11 @@ class QuestConfig:
     head_reduction: how the query heads that share a KV head agree on pages: "max" or "mean" of their scores, or "none":
         each query head selects for itself.
     metadata_dtype: dtype that the cache's page metadata must have: the cache's, or float8_e4m3fn, half of 16 bits to
-        keep and to read and still a bound of keys of magnitude up to 448; None: whatever the cache has.
+        keep and to read ("minmax" is still a bound of keys of magnitude up to 448); None: whatever the cache has.
     dense_below: a decode step whose longest sequence is at most this many tokens is dense; None: token_budget.
+    bound: what a page's metadata is, over its keys and channel by channel: "minmax", the paper's, an upper bound of
+        every score; "cuboid": mean -+ mean absolute deviation; "mean_std": mean -+ standard deviation.
+    bound_scale: factor on the deviation of "cuboid" and "mean_std"; 1 for "minmax".
 
     Raises TypeError or ValueError for a value that is not supported, and where the budget cannot hold the sink pages,
     the recent pages and one page to choose.
@@ -47,6 +52,8 @@ class QuestConfig:
     head_reduction: str = "max"
     metadata_dtype: torch.dtype | None = None
     dense_below: int | None = None
+    bound: str = "minmax"
+    bound_scale: float = 1.0
 
     def __post_init__(self) -> None:
         check_int("page_size", self.page_size, 1)
@@ -66,6 +73,15 @@ class QuestConfig:
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
         if self.head_reduction not in HEAD_REDUCTIONS:
             raise ValueError(f"head_reduction must be one of {HEAD_REDUCTIONS}, got {self.head_reduction!r}")
+        if self.bound not in BOUNDS:
+            raise ValueError(f"bound must be one of {BOUNDS}, got {self.bound!r}")
+        if isinstance(self.bound_scale, bool) or not isinstance(self.bound_scale, (int, float)):
+            raise TypeError(f"bound_scale must be a number, got {self.bound_scale!r}")
+        if not FLOAT32.tiny <= self.bound_scale <= FLOAT32.max:
+            raise ValueError(f"bound_scale must be a positive float32 number, got {self.bound_scale}")
+        if self.bound == "minmax" and self.bound_scale != 1:
+            raise ValueError(f"bound_scale must be 1 for bound 'minmax', got {self.bound_scale}")
+        object.__setattr__(self, "bound_scale", float(self.bound_scale))
         if self.metadata_dtype is not None and not isinstance(self.metadata_dtype, torch.dtype):
             raise TypeError(f"metadata_dtype must be None or a torch.dtype, got {self.metadata_dtype!r}")
         if self.metadata_dtype not in (None, *METADATA_DTYPES):

@@ -6,9 +6,15 @@
   16 bytes. NHD, HND, FlashInfer's and vLLM's pools are views of this shape. `S = M * page_size` tokens, `page_size` of
   8, 16, 32, 64 or 128, `M` of 1 to 8.
 - `page_metadata [num_blocks, Hkv, M, 2, D]`, or `[num_blocks, Hkv, 2, D]` where a block is one page: per page and KV
-  head the channel-wise minimum `[..., 0, :]` and maximum `[..., 1, :]` of its keys (QUEST: Tang et al., ICML 2024,
-  figure 5), in the cache's dtype or in float8_e4m3fn: the minimum rounded down and the maximum up, saturating at +-448,
-  so that they still bound keys of magnitude up to 448.
+  head two vectors, `[..., 0, :]` lo and `[..., 1, :]` hi, in the cache's dtype or in float8_e4m3fn, which saturates at
+  +-448. What they are is the `bound` of the two ops that write them, channel by channel over the page's keys:
+  - "minmax": minimum and maximum (QUEST: Tang et al., ICML 2024, figure 5). In 8 bits the minimum is rounded down and
+    the maximum up, so that they still bound keys of magnitude up to 448.
+  - "cuboid": mean -+ `bound_scale` * mean absolute deviation. "mean_std": mean -+ `bound_scale` * standard deviation
+    (of the page's tokens, divided by their number). No bounds but an estimate: of the keys that matter, a closer one.
+    In float32, tokens in their order, one rounding an operation (none fused), then rounded to nearest even:
+    `mean = sum(k) / n`, `radius = bound_scale * (sum(|k - mean|) / n)` or `bound_scale * sqrt(sum((k - mean)^2) / n)`.
+  The ops that read metadata are the same for all: `sum_d max(q_d * lo_d, q_d * hi_d)` is `q . centre + |q| . radius`.
 - `block_table [B, max_blocks]` int32; entries past a row's length are never read. `seq_lens [R]` int32: how many tokens
   a row sees, itself included; clamped to the table; 0 is an empty slot.
 
@@ -35,7 +41,15 @@ WORKSPACE_BYTES = 8 << 20  # of `quest_decode_attention`'s workspace: enough for
 
 
 def append_paged_kv(
-    key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, page_metadata: Tensor, slot_mapping: Tensor
+    key: Tensor,
+    value: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_metadata: Tensor,
+    slot_mapping: Tensor,
+    *,
+    bound: str = "minmax",
+    bound_scale: float = 1.0,
 ) -> None:
     """Write new keys and values into the cache and bring the metadata of their pages up to date, in one launch.
 
@@ -44,10 +58,12 @@ def append_paged_kv(
         k_cache, v_cache, page_metadata: written in place.
         slot_mapping: `[N]` int64, `N <= X`: row `i` goes to token `slot % S` of block `slot // S`; a negative slot is
             skipped, rows past `N` are padding. Once skips are dropped, tokens of one page must be adjacent.
+        bound: "minmax", "cuboid" or "mean_std", what the metadata is (above); one choice for all calls on a cache.
+        bound_scale: factor on the radius of "cuboid" and "mean_std", a positive float32 number; 1 for "minmax".
 
     A touched page's metadata is computed from the stored keys at offsets 0 to the highest one written, never from
     earlier metadata: rejected drafts, copied partial pages and reused blocks end in the same bits as a fresh build. A
-    NaN key makes its channel's bounds NaN.
+    NaN key makes its channel's bounds NaN; so does an infinite one where they are made of a mean.
 
     Raises:
         RuntimeError: as above, and for a slot past the cache (on a GPU: with `QUEST_OPS_CHECK=1`).
@@ -55,11 +71,20 @@ def append_paged_kv(
     if _checking() and _has_values(slot_mapping, (1,), torch.int64) and _has_values(k_cache, (4,)):
         slots = k_cache.size(0) * k_cache.size(1)
         _check_values("slot_mapping", slot_mapping, slot_mapping < slots, f"slots below {slots}")
-    _ops.append_paged_kv(key, value, k_cache, v_cache, page_metadata, slot_mapping)
+    _ops.append_paged_kv(
+        key, value, k_cache, v_cache, page_metadata, slot_mapping, bound=bound, bound_scale=bound_scale
+    )
 
 
 def update_page_metadata(
-    k_cache: Tensor, page_metadata: Tensor, block_table: Tensor, seq_lens: Tensor, start_lens: Tensor
+    k_cache: Tensor,
+    page_metadata: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    start_lens: Tensor,
+    *,
+    bound: str = "minmax",
+    bound_scale: float = 1.0,
 ) -> None:
     """Compute the metadata of every page that holds a token of `[start_lens[b], seq_lens[b])` from its stored keys.
 
@@ -68,19 +93,24 @@ def update_page_metadata(
     Args:
         k_cache: read only. page_metadata: written in place.
         seq_lens, start_lens: `[B]` int32, in tokens; one for each request, not for each row.
+        bound, bound_scale: as in `append_paged_kv`.
 
     Raises:
         RuntimeError: as above, and for a block number past the cache (on a GPU: with `QUEST_OPS_CHECK=1`).
     """
     if _checking() and _has_values(k_cache, (4,)):
         _check_block_table(block_table, seq_lens, k_cache.size(1), k_cache.size(0))
-    _ops.update_page_metadata(k_cache, page_metadata, block_table, seq_lens, start_lens)
+    _ops.update_page_metadata(
+        k_cache, page_metadata, block_table, seq_lens, start_lens, bound=bound, bound_scale=bound_scale
+    )
 
 
 def estimate_page_scores(
     query: Tensor, page_metadata: Tensor, block_table: Tensor, seq_lens: Tensor, page_size: int, head_reduction: str
 ) -> Tensor:
-    """Upper bound of `q . k` over each page's keys: `sum_d max(q_d * min_d, q_d * max_d)` (QUEST, figure 5, stage 1).
+    """The score of each page, `sum_d max(q_d * lo_d, q_d * hi_d)` (QUEST, figure 5, stage 1).
+
+    With metadata of bound "minmax" that is an upper bound of `q . k` over the page's keys.
 
     Args:
         page_size: tokens a page: 8, 16, 32, 64 or 128.
@@ -318,12 +348,12 @@ def _fake(op: str):
 
 
 @_fake("append_paged_kv")
-def _(key, value, k_cache, v_cache, page_metadata, slot_mapping):
+def _(key, value, k_cache, v_cache, page_metadata, slot_mapping, *, bound="minmax", bound_scale=1.0):
     return None
 
 
 @_fake("update_page_metadata")
-def _(k_cache, page_metadata, block_table, seq_lens, start_lens):
+def _(k_cache, page_metadata, block_table, seq_lens, start_lens, *, bound="minmax", bound_scale=1.0):
     return None
 
 

@@ -13,7 +13,15 @@ _FP8_GRID = torch.unique(_FP8_GRID[~_FP8_GRID.isnan()] + 0.0)  # ascending, one 
 
 
 def append_paged_kv(
-    key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, page_metadata: Tensor, slot_mapping: Tensor
+    key: Tensor,
+    value: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_metadata: Tensor,
+    slot_mapping: Tensor,
+    *,
+    bound: str = "minmax",
+    bound_scale: float = 1.0,
 ) -> None:
     """Write `key`, `value` `[X, Hkv, D]` to slots `slot_mapping` `[N <= X]` and refresh the metadata of those pages.
 
@@ -34,11 +42,18 @@ def append_paged_kv(
         highest[page] = max(highest.get(page, 0), offset % page_size)
     for (block, part), offset in highest.items():
         start = part * page_size
-        _store_bounds(metadata[block, :, part], k_cache[block, start : start + offset + 1])
+        _store_bounds(metadata[block, :, part], k_cache[block, start : start + offset + 1], bound, bound_scale)
 
 
 def update_page_metadata(
-    k_cache: Tensor, page_metadata: Tensor, block_table: Tensor, seq_lens: Tensor, start_lens: Tensor
+    k_cache: Tensor,
+    page_metadata: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    start_lens: Tensor,
+    *,
+    bound: str = "minmax",
+    bound_scale: float = 1.0,
 ) -> None:
     """Recompute the metadata of every page that holds a token of `[start_lens[b], seq_lens[b])`, for each request b."""
     metadata = _with_parts(page_metadata)
@@ -52,7 +67,7 @@ def update_page_metadata(
         for page in range(start // page_size, _ceil_div(length, page_size)):
             block, part = int(block_table[b, page // parts]), page % parts
             first, stop = part * page_size, part * page_size + min(page_size, length - page * page_size)
-            _store_bounds(metadata[block, :, part], k_cache[block, first:stop])
+            _store_bounds(metadata[block, :, part], k_cache[block, first:stop], bound, bound_scale)
 
 
 def estimate_page_scores(
@@ -63,7 +78,7 @@ def estimate_page_scores(
     page_size: int,
     head_reduction: str,
 ) -> Tensor:
-    """Upper bound of `q . k` for every page: `sum_d max(q_d * lo_d, q_d * hi_d)` (QUEST, Tang et al. 2024).
+    """The score of every page: `sum_d max(q_d * lo_d, q_d * hi_d)` (QUEST, Tang et al. 2024).
 
     Returns scores `[R, Hs, P]`, `-inf` past each row's last page. `head_reduction`: "none" (`Hs = Hq`), or over each
     GQA group the "max", or the "mean" of the bounds, which is one product with the group's mean of `q+` and of `q-`.
@@ -254,14 +269,40 @@ def _listed_pages(page_ids: Tensor, page_counts: Tensor | None, row: int, head: 
     return listed[: int(ends[0])] if ends.numel() else listed
 
 
-def _store_bounds(bounds: Tensor, keys: Tensor) -> None:
-    """Store channel-wise min and max of `keys` `[n, Hkv, D]` into `bounds` `[Hkv, 2, D]`; NaN stays NaN, zero is +0."""
+def _store_bounds(bounds: Tensor, keys: Tensor, bound: str, bound_scale: float) -> None:
+    """Store lo and hi of `keys` `[n, Hkv, D]` into `bounds` `[Hkv, 2, D]`; NaN stays NaN.
+
+    "minmax": channel-wise minimum and maximum. "cuboid", "mean_std": mean -+ bound_scale * mean absolute deviation or
+    standard deviation, sums in the order of the tokens.
+    """
+    keys = keys.to(_compute_dtype(keys))
+    if bound == "minmax":
+        lo, hi = keys.amin(0), keys.amax(0)
+    else:
+        count = torch.full_like(keys[0], len(keys))  # a tensor: on a GPU torch multiplies by a number's reciprocal
+        mean = _sum_in_order(keys) / count
+        deviation = keys - mean
+        if bound == "cuboid":
+            radius = bound_scale * (_sum_in_order(deviation.abs()) / count)
+        else:
+            variance = _sum_in_order(deviation * deviation) / count
+            radius = bound_scale * variance.double().sqrt().to(keys.dtype)  # torch's float32 root is not the nearest
+        lo, hi = mean - radius, mean + radius
     # Which of -0 and +0 a min returns depends on the order of the keys: adding +0 leaves one answer.
-    lo, hi = keys.amin(0) + 0.0, keys.amax(0) + 0.0
-    if bounds.dtype == _FP8:
+    lo, hi = lo + 0.0, hi + 0.0
+    if bounds.dtype == _FP8 and bound == "minmax":
         lo, hi = _to_fp8_outward(lo, up=False), _to_fp8_outward(hi, up=True)
+    elif bounds.dtype == _FP8:
+        lo, hi = ((x.clamp(-448, 448).to(_FP8).float() + 0.0).to(_FP8) for x in (lo, hi))
     bounds[:, 0] = lo
     bounds[:, 1] = hi
+
+
+def _sum_in_order(x: Tensor) -> Tensor:
+    total = torch.zeros_like(x[0])
+    for each in x:
+        total = total + each
+    return total
 
 
 def _to_fp8_outward(x: Tensor, up: bool) -> Tensor:

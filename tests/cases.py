@@ -20,6 +20,7 @@ HEAD_DIMS = (64, 128, 256)
 HEAD_REDUCTIONS = ("max", "mean", "none")
 FP8 = torch.float8_e4m3fn
 METADATA_DTYPES = (None, FP8)  # None: the cache's
+BOUNDS = (("minmax", 1.0), ("cuboid", 1.0), ("mean_std", 1.0), ("mean_std", 1.5), ("cuboid", 0.3))  # and scale
 JUNK_BLOCKS = (2**30, -7, 2**31 - 1, -(2**31))
 
 OUT_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -48,9 +49,14 @@ class Shape:
     layout: str = "NHD"
     seed: int = 0
     metadata_dtype: torch.dtype | None = None
+    bound: tuple[str, float] = BOUNDS[0]
 
     def __post_init__(self):
         assert max(self.lengths) <= self.max_blocks * self.block_size, "a request is longer than its block table"
+
+    @property
+    def bound_options(self):
+        return {"bound": self.bound[0], "bound_scale": self.bound[1]}
 
     @property
     def block_size(self):
@@ -96,6 +102,7 @@ def shapes(draw, device, **fixed):
         "dtype": draw(st.sampled_from(dtypes(device))),
         "layout": draw(st.sampled_from(LAYOUTS)),
         "metadata_dtype": draw(st.sampled_from(METADATA_DTYPES)),
+        "bound": draw(st.sampled_from(BOUNDS)),
         "seed": draw(st.integers(0, 2**20)),
     }
     return Shape(**(drawn | fixed))
@@ -197,7 +204,8 @@ def build(shape, device, keys=None):
         k = torch.randn(size, generator=generator) if keys is None else keys[b]
         k_cache[blocks, offsets] = k.to(shape.dtype)
         v_cache[blocks, offsets] = torch.randn(size, generator=generator).to(shape.dtype)
-    reference.update_page_metadata(k_cache, page_metadata, block_table, request_lens, torch.zeros_like(request_lens))
+    starts = torch.zeros_like(request_lens)
+    reference.update_page_metadata(k_cache, page_metadata, block_table, request_lens, starts, **shape.bound_options)
     if device != "cpu":
         on_cpu = k_cache, v_cache
         k_cache, v_cache = make_pool(shape, device)

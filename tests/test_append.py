@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from cases import (
+    BOUNDS,
     FP8,
     LAYOUTS,
     METADATA_DTYPES,
@@ -40,7 +41,8 @@ class Pool:
         self.append_slots(slots, key, value)
 
     def append_slots(self, slots, key, value, op=quest_ops.append_paged_kv):
-        op(key, value, self.k_cache, self.v_cache, self.page_metadata, slots.to(self.device))
+        caches = self.k_cache, self.v_cache, self.page_metadata
+        op(key, value, *caches, slots.to(self.device), **self.shape.bound_options)
 
     def assert_same(self, other):
         assert_same_bits(self.k_cache, other.k_cache)
@@ -94,7 +96,8 @@ def test_append_in_chunks_equals_rebuild(device, data):
     assert_same_bits(pool.page_metadata, case.page_metadata)
     rebuilt = make_metadata(shape, device)
     starts = torch.zeros_like(case.request_lens)
-    quest_ops.update_page_metadata(pool.k_cache, rebuilt, case.block_table, case.request_lens, starts)
+    tables = case.block_table, case.request_lens
+    quest_ops.update_page_metadata(pool.k_cache, rebuilt, *tables, starts, **shape.bound_options)
     assert_same_bits(pool.page_metadata, rebuilt)
 
 
@@ -116,8 +119,9 @@ def test_rejected_drafts_leave_no_trace_in_metadata(device, data):
     assert_same_bits(pool.page_metadata, fresh.page_metadata)
 
 
-def test_a_reused_block_forgets_its_former_tokens(device):
-    shape = Shape(lengths=(32,), max_blocks=2)
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_a_reused_block_forgets_its_former_tokens(device, bound):
+    shape = Shape(lengths=(32,), max_blocks=2, bound=bound)
     key, value = random_tokens(shape, 32, device)
     pool, fresh = Pool(shape, device), Pool(shape, device)
     pool.append(0, 0, 100 * key, value)
@@ -129,9 +133,10 @@ def test_a_reused_block_forgets_its_former_tokens(device):
     assert not fresh.page_metadata[first].isnan().any()
 
 
-def test_a_copied_partial_page_needs_no_metadata(device):
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_a_copied_partial_page_needs_no_metadata(device, bound):
     """Copy-on-write may copy keys alone: the next append reads them, and no earlier metadata."""
-    shape = Shape(lengths=(12, 12), max_blocks=1)
+    shape = Shape(lengths=(12, 12), max_blocks=1, bound=bound)
     key, value = random_tokens(shape, 12, device)
     pool = Pool(shape, device)
     source, target = pool.block_table[:, 0].tolist()
@@ -152,8 +157,9 @@ def test_tokens_past_the_highest_written_are_not_read(device):
     assert_same_bits(bounds[:, 1], key[:4].amax(0) + 0.0)
 
 
-def test_slots_of_a_page_may_come_in_any_order(device):
-    shape = Shape(lengths=(48,), max_blocks=3)
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_slots_of_a_page_may_come_in_any_order(device, bound):
+    shape = Shape(lengths=(48,), max_blocks=3, bound=bound)
     key, value = random_tokens(shape, 48, device)
     pool, shuffled = Pool(shape, device), Pool(shape, device)
     pool.append(0, 0, key, value)
@@ -163,10 +169,11 @@ def test_slots_of_a_page_may_come_in_any_order(device):
     shuffled.assert_same(pool)
 
 
+@pytest.mark.parametrize("bound", BOUNDS)
 @pytest.mark.parametrize("metadata_dtype", METADATA_DTYPES)
 @pytest.mark.parametrize("token", [0, 7, 15])
-def test_a_nan_key_is_never_hidden(device, token, metadata_dtype):
-    shape = Shape(lengths=(16,), max_blocks=1, head_dim=128, metadata_dtype=metadata_dtype)
+def test_a_nan_key_is_never_hidden(device, token, metadata_dtype, bound):
+    shape = Shape(lengths=(16,), max_blocks=1, head_dim=128, metadata_dtype=metadata_dtype, bound=bound)
     key, value = random_tokens(shape, 16, device)
     key[token, 1, [0, 77, 127]] = torch.nan
     pool = Pool(shape, device)
@@ -175,10 +182,11 @@ def test_a_nan_key_is_never_hidden(device, token, metadata_dtype):
     assert nan.sum() == 6 and nan[1][:, [0, 77, 127]].all()
 
 
+@pytest.mark.parametrize("bound", BOUNDS)
 @pytest.mark.parametrize("metadata_dtype", METADATA_DTYPES)
-def test_zero_bounds_are_plus_zero(device, metadata_dtype):
+def test_zero_bounds_are_plus_zero(device, metadata_dtype, bound):
     for dtype in dtypes(device):
-        shape = Shape(lengths=(16,), max_blocks=1, dtype=dtype, metadata_dtype=metadata_dtype)
+        shape = Shape(lengths=(16,), max_blocks=1, dtype=dtype, metadata_dtype=metadata_dtype, bound=bound)
         key, value = random_tokens(shape, 16, device)
         key[:, :, :32] = -0.0
         key[8:, :, :16] = 0.0
@@ -186,6 +194,17 @@ def test_zero_bounds_are_plus_zero(device, metadata_dtype):
         pool.append(0, 0, key, value)
         bounds = pool.page_metadata[int(pool.block_table[0, 0]), :, 0, :, :32]
         assert_same_bits(bounds, torch.zeros_like(bounds))
+
+
+@pytest.mark.parametrize("bound", BOUNDS[1:])
+def test_an_infinite_key_makes_a_mean_unknown(device, bound):
+    shape = Shape(lengths=(16,), max_blocks=1, bound=bound)
+    key, value = random_tokens(shape, 16, device)
+    key[3, 0, 0], key[4, 1, 1] = torch.inf, -torch.inf
+    pool = Pool(shape, device)
+    pool.append(0, 0, key, value)
+    nan = pool.page_metadata[int(pool.block_table[0, 0]), :, 0].isnan()
+    assert nan.sum() == 4 and nan[0, :, 0].all() and nan[1, :, 1].all()
 
 
 @pytest.mark.parametrize("metadata_dtype, largest", [(None, torch.inf), (FP8, 448.0)])
@@ -208,14 +227,15 @@ def test_nothing_to_write_writes_nothing(device, slots):
     assert pool.k_cache.isnan().all() and pool.v_cache.isnan().all() and pool.page_metadata.isnan().all()
 
 
+@pytest.mark.parametrize("bound", BOUNDS)
 @pytest.mark.parametrize("metadata_dtype", METADATA_DTYPES)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_every_layout_and_dtype_ends_in_the_same_bits(device, head_dim, metadata_dtype):
+def test_every_layout_and_dtype_ends_in_the_same_bits(device, head_dim, metadata_dtype, bound):
     for dtype in dtypes(device):
         pools = []
         for layout in LAYOUTS:
             shape = Shape((100, 47), 4, 16, 2, head_dim=head_dim, dtype=dtype, layout=layout)
-            shape = dataclasses.replace(shape, metadata_dtype=metadata_dtype)
+            shape = dataclasses.replace(shape, metadata_dtype=metadata_dtype, bound=bound)
             pools.append(Pool(shape, device))
             for b, length in enumerate(shape.lengths):
                 pools[-1].append(b, 0, *random_tokens(shape, length, device, salt=b))

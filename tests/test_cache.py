@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from cases import FP8, assert_same_bits
+from cases import BOUNDS, FP8, assert_same_bits
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
@@ -30,12 +30,13 @@ def tokens_of(names, layer, cache):
     return (TOKENS[:, names].roll(layer, -1)).to(cache.device, cache.dtype)
 
 
-def write(cache, seq, start, names):
+def write(cache, seq, start, names, **bound):
     """Appends tokens to the room that was reserved at `start`."""
     slots = cache.slots(seq, start, start + len(names)).to(cache.device)
     for layer in range(LAYERS):
         key, value = tokens_of(names, layer, cache)
-        ops.append_paged_kv(key, value, cache.k_cache(layer), cache.v_cache(layer), cache.page_metadata(layer), slots)
+        tensors = cache.k_cache(layer), cache.v_cache(layer), cache.page_metadata(layer)
+        ops.append_paged_kv(key, value, *tensors, slots, **bound)
 
 
 def state_of(cache):
@@ -54,11 +55,13 @@ class History(RuleBasedStateMachine):
     device = "cpu"
     pages_per_block = 1
     metadata_dtype = None
+    bound = BOUNDS[0]
 
     def __init__(self):
         super().__init__()
         settings = {"pages_per_block": self.pages_per_block, "metadata_dtype": self.metadata_dtype}
         self.cache = make_cache(self.device, **settings)
+        self.bound_options = {"bound": self.bound[0], "bound_scale": self.bound[1]}
         self.model = {}  # sequence -> names of its tokens
         self.cut = set()  # sequences rolled back since their last append: their last page's metadata is a looser bound
         self.next_name = 0
@@ -96,7 +99,7 @@ class History(RuleBasedStateMachine):
         for seq, n in growth.items():
             names = [(self.next_name + i) % TOKENS.size(1) for i in range(n)]
             self.next_name += n
-            write(self.cache, seq, len(self.model[seq]), names)
+            write(self.cache, seq, len(self.model[seq]), names, **self.bound_options)
             self.model[seq] += names
             if n:
                 self.cut.discard(seq)
@@ -188,16 +191,22 @@ class History(RuleBasedStateMachine):
             for layer in range(LAYERS):
                 kept = self.cache.page_metadata(layer)
                 fresh = torch.full_like(kept, torch.nan)
-                ops.update_page_metadata(self.cache.k_cache(layer), fresh, table, lengths, torch.zeros_like(lengths))
+                starts = torch.zeros_like(lengths)
+                keys = self.cache.k_cache(layer)
+                ops.update_page_metadata(keys, fresh, table, lengths, starts, **self.bound_options)
                 kept, fresh = (m[table[0].long()].transpose(1, 2).flatten(0, 1)[:pages] for m in (kept, fresh))
                 assert_same_bits(kept[:exact], fresh[:exact])
                 kept, fresh = kept[exact:].float(), fresh[exact:].float()
-                assert (kept[:, :, 0] <= fresh[:, :, 0]).all() and (kept[:, :, 1] >= fresh[:, :, 1]).all()
+                if self.bound[0] == "minmax":
+                    assert (kept[:, :, 0] <= fresh[:, :, 0]).all() and (kept[:, :, 1] >= fresh[:, :, 1]).all()
 
 
-@pytest.mark.parametrize("pages_per_block, metadata_dtype", [(1, None), (2, None), (2, FP8)])
-def test_any_history_is_exact(device, pages_per_block, metadata_dtype):
-    settings_of_cache = {"pages_per_block": pages_per_block, "metadata_dtype": metadata_dtype}
+HISTORIES = [(1, None, BOUNDS[0]), (2, None, BOUNDS[0]), (2, FP8, BOUNDS[0]), (1, None, BOUNDS[1]), (2, FP8, BOUNDS[3])]
+
+
+@pytest.mark.parametrize("pages_per_block, metadata_dtype, bound", HISTORIES)
+def test_any_history_is_exact(device, pages_per_block, metadata_dtype, bound):
+    settings_of_cache = {"pages_per_block": pages_per_block, "metadata_dtype": metadata_dtype, "bound": bound}
     machine = type("History", (History,), {"device": device} | settings_of_cache)
     run_state_machine_as_test(machine, settings=settings(max_examples=40, stateful_step_count=50))
 

@@ -16,6 +16,7 @@ def test_defaults_are_those_of_the_design():
     config = QuestConfig()
     assert (config.page_budget, config.sink_pages, config.recent_pages) == (128, 1, 4)
     assert (config.head_reduction, config.dense_layers, config.dense_length) == ("max", (), 2048)
+    assert (config.bound, config.bound_scale) == ("minmax", 1.0)
 
 
 def test_paper_has_no_sink_one_recent_page_and_two_dense_layers():
@@ -63,6 +64,15 @@ def test_a_config_is_frozen_and_hashable():
         ({"metadata_dtype": "bfloat16"}, TypeError, "metadata_dtype.*'bfloat16'"),
         ({"metadata_dtype": torch.float8_e5m2}, ValueError, "metadata_dtype.*float8_e4m3fn.*float8_e5m2"),
         ({"metadata_dtype": torch.int8}, ValueError, "metadata_dtype.*int8"),
+        ({"bound": "std"}, ValueError, "bound.*minmax.*cuboid.*mean_std.*'std'"),
+        ({"bound": None}, ValueError, "bound.*None"),
+        ({"bound_scale": 1.5}, ValueError, "bound_scale.*minmax.*1.5"),
+        ({"bound": "cuboid", "bound_scale": 0}, ValueError, "bound_scale.*0"),
+        ({"bound": "cuboid", "bound_scale": -1.0}, ValueError, "bound_scale.*-1"),
+        ({"bound": "mean_std", "bound_scale": float("nan")}, ValueError, "bound_scale.*nan"),
+        ({"bound": "mean_std", "bound_scale": 1e39}, ValueError, "bound_scale.*1e"),
+        ({"bound": "mean_std", "bound_scale": "1"}, TypeError, "bound_scale.*'1'"),
+        ({"bound": "mean_std", "bound_scale": True}, TypeError, "bound_scale.*True"),
         ({"page_budget": 3}, TypeError, "page_budget"),
     ],
 )

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from cases import FP8, METADATA_DTYPES, OUT_TOLERANCE, dtypes
+from cases import BOUNDS, FP8, METADATA_DTYPES, OUT_TOLERANCE, assert_same_bits, dtypes
 
 from quest_ops import dense, ops
 from quest_ops.attention import QuestAttention
@@ -151,6 +151,35 @@ def test_a_small_budget_is_the_op_with_the_settings_of_the_config(device, metada
     assert torch.equal(out, expected)
     every_token, _ = ops.sparse_decode_attention(*inputs, table, lengths, sm_scale=0.2)
     assert (out - every_token).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("backend", ["quest", "dense", "sdpa"])
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_the_cache_has_the_metadata_that_the_config_asks_for(device, backend, bound):
+    """After prefill, decode steps, rejected drafts and a fork, the bits of a rebuild."""
+    options = {"bound": bound[0], "bound_scale": bound[1]}
+    cache = make_cache(device, pages_per_block=2)
+    loop = Loop(make_attention(cache, make_config(**options), backend=backend))
+    a, b = cache.add(), cache.add()
+    loop.step([a, b], [70, 33], exact=False)
+    loop.step([a, b], 3, exact=False)
+    cache.rollback(b, 2)
+    child = loop.fork(b)
+    loop.step([a, b, child], 1, exact=False)
+    attention = loop.attention
+    for layer in range(LAYERS):
+        rebuilt = torch.full_like(cache.page_metadata(layer), torch.nan)
+        lengths = attention.seq_lens
+        tables = attention.block_table, lengths, torch.zeros_like(lengths)
+        ops.update_page_metadata(cache.k_cache(layer), rebuilt, *tables, **options)
+        for seq in (a, b, child):
+            pages = -(-cache.length(seq) // PAGE)
+            kept, fresh = (
+                m[cache.block_ids(seq)].transpose(1, 2).flatten(0, 1)[:pages]
+                for m in (cache.page_metadata(layer), rebuilt)
+            )
+            assert not fresh.isnan().any()
+            assert_same_bits(kept, fresh)
 
 
 def test_dense_layers_attend_to_everything():

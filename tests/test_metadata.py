@@ -3,7 +3,9 @@
 import pytest
 import torch
 from cases import (
+    BOUNDS,
     FP8,
+    HEAD_DIMS,
     LAYOUTS,
     METADATA_DTYPES,
     Shape,
@@ -22,9 +24,9 @@ import quest_ops
 from quest_ops import reference
 
 
-def update(case, page_metadata, start_lens, request_lens=None):
+def update(case, page_metadata, start_lens, request_lens=None, **bound):
     lens = case.request_lens if request_lens is None else request_lens
-    quest_ops.update_page_metadata(case.k_cache, page_metadata, case.block_table, lens, start_lens)
+    quest_ops.update_page_metadata(case.k_cache, page_metadata, case.block_table, lens, start_lens, **bound)
 
 
 @given(data=st.data())
@@ -34,9 +36,10 @@ def test_update_is_its_twin_and_leaves_earlier_pages(device, data):
     starts = [data.draw(st.integers(0, length + 20)) for length in shape.lengths]
     starts = torch.tensor(starts, dtype=torch.int32)
     metadata, expected = make_metadata(shape, device).fill_(-3), make_metadata(shape, "cpu").fill_(-3)
-    update(case, metadata, starts.to(device))
+    update(case, metadata, starts.to(device), **shape.bound_options)
     host = case.on("cpu")
-    reference.update_page_metadata(host.k_cache, expected, host.block_table, host.request_lens, starts)
+    tables = host.block_table, host.request_lens
+    reference.update_page_metadata(host.k_cache, expected, *tables, starts, **shape.bound_options)
     assert_same_bits(metadata, expected)
 
 
@@ -56,18 +59,20 @@ def test_update_covers_only_pages_that_hold_a_token_of_the_span(device):
 @pytest.mark.parametrize("metadata_dtype", METADATA_DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("page_size, pages_per_block", [(8, 8), (16, 3), (128, 1)])
-def test_update_equals_append(device, layout, page_size, pages_per_block, metadata_dtype):
+@pytest.mark.parametrize("bound", BOUNDS[:3])
+def test_update_equals_append(device, layout, page_size, pages_per_block, metadata_dtype, bound):
     sizes = {"lengths": (300, 129), "max_blocks": 7, "page_size": page_size, "pages_per_block": pages_per_block}
     for dtype in dtypes(device):
-        shape = Shape(**sizes, head_dim=128, dtype=dtype, layout=layout, metadata_dtype=metadata_dtype)
+        shape = Shape(**sizes, head_dim=128, dtype=dtype, layout=layout, metadata_dtype=metadata_dtype, bound=bound)
         case = build(shape, device)
         updated, appended = make_metadata(shape, device), make_metadata(shape, device)
-        update(case, updated, torch.zeros_like(case.request_lens))
+        update(case, updated, torch.zeros_like(case.request_lens), **shape.bound_options)
         for b, length in enumerate(shape.lengths):
             slots = slots_of(make_block_table(shape), b, 0, length, shape.block_size).to(device)
             keys = case.k_cache[slots // shape.block_size, slots % shape.block_size]
             values = case.v_cache[slots // shape.block_size, slots % shape.block_size]
-            quest_ops.append_paged_kv(keys, values, case.k_cache, case.v_cache, appended, slots)
+            caches = case.k_cache, case.v_cache, appended
+            quest_ops.append_paged_kv(keys, values, *caches, slots, **shape.bound_options)
         assert_same_bits(updated, appended)
 
 
@@ -99,14 +104,15 @@ def test_metadata_without_parts_means_one_page_a_block(device):
     assert_same_bits(metadata, case.page_metadata.squeeze(2))
 
 
+@pytest.mark.parametrize("bound", BOUNDS)
 @pytest.mark.parametrize("metadata_dtype", METADATA_DTYPES)
-def test_nan_keys_stay_nan_in_their_channel(device, metadata_dtype):
-    shape = Shape((48,), 3, metadata_dtype=metadata_dtype)
+def test_nan_keys_stay_nan_in_their_channel(device, metadata_dtype, bound):
+    shape = Shape((48,), 3, metadata_dtype=metadata_dtype, bound=bound)
     case = build(shape, device)
     block = int(case.block_table[0, 1])
     case.k_cache[block, 5, 1, 9] = torch.nan
     metadata = make_metadata(shape, device)
-    update(case, metadata, torch.zeros_like(case.request_lens))
+    update(case, metadata, torch.zeros_like(case.request_lens), **shape.bound_options)
     assert metadata[block, 1, 0, :, 9].isnan().all()
     assert metadata[case.block_table[0].long()].isnan().sum() == 2
 
@@ -147,3 +153,79 @@ def test_8_bit_bounds_of_every_number_are_the_nearest_outward(device):
         assert (lo <= key).all() and (key <= hi).all()
         zero = torch.cat([lo[lo == 0], hi[hi == 0]])
         assert len(zero) and not zero.signbit().any()
+
+
+def metadata_of(keys, device, bound, metadata_dtype, op=quest_ops.update_page_metadata):
+    """lo and hi `[n, 2, D]` of n pages that hold `keys` `[n, tokens, D]`."""
+    count, tokens, dim = keys.shape
+    k_cache = torch.full((count, 128, 1, dim), torch.nan, dtype=keys.dtype)
+    k_cache[:, :tokens, 0] = keys
+    metadata = torch.zeros(count, 1, 1, 2, dim, device=device).to(metadata_dtype or keys.dtype)
+    lens = torch.full((count,), tokens, dtype=torch.int32)
+    inputs = torch.arange(count, dtype=torch.int32)[:, None], lens, torch.zeros_like(lens)
+    op(k_cache.to(device), metadata, *(x.to(device) for x in inputs), bound=bound[0], bound_scale=bound[1])
+    return metadata[:, 0, 0]
+
+
+def test_mean_bounds_of_the_twin_are_the_statistics_of_torch():
+    keys = torch.randn(7, 13, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    keys += torch.linspace(-3, 3, 64)
+    mean = keys.mean(1)
+    radii = {"cuboid": (keys - mean[:, None]).abs().mean(1), "mean_std": keys.std(1, correction=0)}
+    for name, scale in BOUNDS[1:]:
+        lo, hi = metadata_of(keys, "cpu", (name, scale), None, reference.update_page_metadata).unbind(1)
+        torch.testing.assert_close((lo + hi) / 2, mean)
+        torch.testing.assert_close((hi - lo) / 2, scale * radii[name])
+        assert (hi > lo).all()
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("metadata_dtype", METADATA_DTYPES)
+def test_mean_bounds_have_the_twins_bits_for_any_number_of_tokens(device, metadata_dtype, head_dim):
+    """Of keys over many orders of magnitude, with cancellation: no order or fusion of the sums but one gives them."""
+    generator = torch.Generator().manual_seed(1)
+    magnitudes = torch.logspace(-9, 3, head_dim)
+    for dtype in dtypes(device):
+        for tokens in (1, 2, 3, 7, 8, 9, 16, 31, 100, 128):
+            keys = torch.randn(3, tokens, head_dim, generator=generator)
+            keys = ((keys + 3 * torch.randn(3, 1, head_dim, generator=generator)) * magnitudes).to(dtype)
+            for bound in BOUNDS[1:]:
+                expected = metadata_of(keys, "cpu", bound, metadata_dtype, reference.update_page_metadata)
+                assert_same_bits(metadata_of(keys, device, bound, metadata_dtype), expected)
+
+
+def test_mean_bounds_past_the_largest_number_saturate_or_are_infinite(device):
+    """A sum past float32's largest number leaves no mean: NaN, the page is unknown."""
+    keys = torch.tensor([60000.0, -60000.0] * 4, dtype=torch.float16)[:, None].repeat(1, 64)[None]
+    for bound in (("cuboid", 2.0), ("mean_std", 2.0)):
+        lo, hi = metadata_of(keys, device, bound, None).unbind(1)
+        assert (lo == -torch.inf).all() and (hi == torch.inf).all()
+        lo, hi = metadata_of(keys, device, bound, FP8).float().unbind(1)
+        assert (lo == -448).all() and (hi == 448).all()
+    keys = torch.full((1, 8, 64), 3e38, dtype=torch.bfloat16)
+    for bound in (("cuboid", 2.0), ("mean_std", 2.0)):
+        for metadata_dtype in METADATA_DTYPES:
+            expected = metadata_of(keys, "cpu", bound, metadata_dtype, reference.update_page_metadata)
+            assert_same_bits(metadata_of(keys, device, bound, metadata_dtype), expected)
+            assert expected[:, 0].isnan().all()
+
+
+def test_8_bit_mean_bounds_of_every_number_are_the_nearest(device):
+    """Ties to the even mantissa, saturating at 448, zero as +0; a page of one token has no deviation."""
+    grid = torch.arange(127, dtype=torch.uint8).view(FP8).float()  # 0 to 448, even mantissas at even places
+    for dtype in dtypes(device):
+        key = every_number(dtype).view(-1, 1, 64)
+        bounds = metadata_of(key, device, BOUNDS[1], FP8)
+        assert_same_bits(bounds, metadata_of(key, "cpu", BOUNDS[1], FP8, reference.update_page_metadata))
+        lo, hi = bounds.cpu().unbind(1)
+        assert_same_bits(lo, hi)
+        key, lo = key[:, 0].float(), lo.float()
+        assert torch.equal(lo.isnan(), ~key.isfinite())
+        key, lo = key[key.isfinite()], lo[key.isfinite()]
+        above = torch.searchsorted(grid, key.abs()).clamp(1, 126)
+        below = above - 1
+        to_above, to_below = grid[above].double() - key.abs(), key.abs().double() - grid[below]
+        up = (to_above < to_below) | ((to_above == to_below) & (above % 2 == 0))
+        nearest = torch.where(up, grid[above], grid[below])
+        assert torch.equal(lo, nearest.copysign(key))
+        assert not lo[lo == 0].signbit().any()

@@ -34,13 +34,16 @@ def samples(op, shape, device):
     page_ids = torch.zeros(shape.num_rows, 1, 3, dtype=torch.int32, device=device)
     counts = torch.ones(shape.num_rows, 1, dtype=torch.int32, device=device)
     budgets = torch.full((shape.num_rows,), 5, dtype=torch.int32, device=device)
+    bounds = {}, {"bound": "mean_std", "bound_scale": 1.5}
     if op == "append_paged_kv":
         _, key, value = fused_slices(shape, 8, shape.generator(), device)
         slots = slots_of(make_block_table(shape), 0, 0, 6, shape.block_size).to(device)
-        yield (key, value, *caches, case.page_metadata, slots), {}
+        for options in bounds:
+            yield (key, value, *caches, case.page_metadata, slots), options
     elif op == "update_page_metadata":
         starts = torch.zeros_like(case.request_lens)
-        yield (case.k_cache, make_metadata(shape, device), case.block_table, case.request_lens, starts), {}
+        for options in bounds:
+            yield (case.k_cache, make_metadata(shape, device), case.block_table, case.request_lens, starts), options
     elif op == "estimate_page_scores":
         for head_reduction in ("max", "mean", "none"):
             yield (case.query, case.page_metadata, *tables, shape.page_size, head_reduction), {}

@@ -49,7 +49,8 @@ void append_run(const AppendParams& p, const PageRun& run, int head) {
     }
     const int64_t block = run.page / p.pages_per_block, part = run.page % p.pages_per_block;
     store_page_bounds(token_row<T>(p.k_cache, run.page * p.page_size, block_size, head), p.k_cache.token_stride,
-                      run.highest + 1, p.head_dim, page_bounds<Bound>(p.metadata, block, head, part, p.head_dim));
+                      run.highest + 1, p.head_dim, p.bound,
+                      page_bounds<Bound>(p.metadata, block, head, part, p.head_dim));
 }
 
 }  // namespace

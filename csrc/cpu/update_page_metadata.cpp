@@ -16,7 +16,7 @@ void update_page(const UpdateParams& p, const StalePage& stale, int head) {
     const int64_t block = paging.block_table[stale.request * paging.table_stride + stale.page / paging.pages_per_block];
     const T* keys = at<T>(p.k_cache.data, block * p.k_cache.block_stride + head * p.k_cache.head_stride +
                                               part * paging.page_size * p.k_cache.token_stride);
-    store_page_bounds(keys, p.k_cache.token_stride, stale.tokens, p.head_dim,
+    store_page_bounds(keys, p.k_cache.token_stride, stale.tokens, p.head_dim, p.bound,
                       page_bounds<Bound>(p.metadata, block, head, part, p.head_dim));
 }
 

@@ -37,7 +37,7 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 
-// GCC and clang give these types +, -, *, comparisons and ?: lane by lane.
+// GCC and clang give these types +, -, *, /, comparisons and ?: lane by lane.
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
 typedef float Vec4 __attribute__((vector_size(16)));
@@ -55,6 +55,8 @@ inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
 #if defined(__AVX512F__)
 
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+
+inline Vec square_root(Vec v) { return _mm512_sqrt_ps(v); }
 
 // Either being NaN, the result is.
 inline Vec max_nan(Vec a, Vec b) {
@@ -96,6 +98,8 @@ inline Vec4 fold(Vec v) {
 
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 
+inline Vec square_root(Vec v) { return _mm256_sqrt_ps(v); }
+
 inline Vec max_nan(Vec a, Vec b) { return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
 inline Vec min_nan(Vec a, Vec b) { return _mm256_blendv_ps(_mm256_min_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
 
@@ -124,6 +128,11 @@ inline Vec4 fold(Vec v) { return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_ex
 #else
 
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+
+inline Vec square_root(Vec v) {
+    for (int i = 0; i < kLanes; ++i) v[i] = __builtin_sqrtf(v[i]);
+    return v;
+}
 
 inline Vec max_nan(Vec a, Vec b) { return ((a > b) | (a != a)) ? a : b; }
 inline Vec min_nan(Vec a, Vec b) { return ((a < b) | (a != a)) ? a : b; }
@@ -197,6 +206,8 @@ inline Vec4 fold(Vec v) { return v; }
 
 #endif
 
+inline Vec absolute(Vec v) { return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(v) & 0x7fffffff); }
+
 inline void store(BFloat16* p, Vec v) {
     const IntVec bits = reinterpret_cast<IntVec>(v);
     // Round to nearest, ties to even; NaN keeps its sign and becomes quiet.
@@ -210,17 +221,23 @@ inline void store(BFloat16* p, Vec v) {
 #endif
 }
 
-// The e4m3 bits of the nearest number not below v (up) or not above it, saturating at +-448. NaN stays; zero is +0.
-inline IntVec e4m3_outward(Vec v, bool up) {
+enum class Rounding { kDown, kUp, kNearest };  // nearest: ties to even
+
+// The e4m3 bits of v, saturating at +-448. NaN stays; zero is +0.
+inline IntVec e4m3_bits(Vec v, Rounding rounding) {
     const IntVec bits = reinterpret_cast<IntVec>(v);
     const IntVec magnitude = bits & 0x7fffffff, negative = bits >> 31;
-    const IntVec away = up ? ~negative : negative;  // from zero
-    const IntVec normal = (magnitude - (120 << 23) + (away & 0xfffff)) >> 20;
+    const bool nearest = rounding == Rounding::kNearest;
+    const IntVec away = rounding == Rounding::kUp ? ~negative : negative;  // from zero
+    const IntVec added = nearest ? 0x7ffff + (magnitude >> 20 & 1) : away & 0xfffff;
+    const IntVec normal = (magnitude - (120 << 23) + added) >> 20;
     // Below 2^-6 numbers are multiples of 2^-9.
     const IntVec is_small = magnitude < (121 << 23);
     const Vec multiple = reinterpret_cast<Vec>(magnitude & is_small) * 512.0f;
     const IntVec whole = __builtin_convertvector(multiple, IntVec);
-    const IntVec small = whole - ((__builtin_convertvector(whole, Vec) < multiple) & away);
+    const Vec rest = multiple - __builtin_convertvector(whole, Vec);
+    const IntVec odd = -(whole & 1);
+    const IntVec small = whole - (nearest ? (rest > 0.5f) | ((rest == 0.5f) & odd) : (rest > 0.0f) & away);
     IntVec result = is_small ? small : normal;
     result = result > 0x7e ? 0x7e - IntVec{} : result;
     result |= (result != 0) & negative & 0x80;
@@ -235,7 +252,7 @@ inline void store_bits(Float8E4M3* p, IntVec bits) {
 #endif
 }
 
-// A lower and an upper bound: rounded outward where the type is coarser than the numbers that it bounds.
+// A lower and an upper bound are rounded outward where the type is coarser than the numbers that they bound.
 template <typename T>
 inline void store_lower(T* p, Vec v) {
     store(p, v);
@@ -244,8 +261,13 @@ template <typename T>
 inline void store_upper(T* p, Vec v) {
     store(p, v);
 }
-inline void store_lower(Float8E4M3* p, Vec v) { store_bits(p, e4m3_outward(v, false)); }
-inline void store_upper(Float8E4M3* p, Vec v) { store_bits(p, e4m3_outward(v, true)); }
+template <typename T>
+inline void store_nearest(T* p, Vec v) {
+    store(p, v);
+}
+inline void store_lower(Float8E4M3* p, Vec v) { store_bits(p, e4m3_bits(v, Rounding::kDown)); }
+inline void store_upper(Float8E4M3* p, Vec v) { store_bits(p, e4m3_bits(v, Rounding::kUp)); }
+inline void store_nearest(Float8E4M3* p, Vec v) { store_bits(p, e4m3_bits(v, Rounding::kNearest)); }
 
 // The sum of each of four vectors, every one by the same tree of additions: equal vectors give equal sums.
 inline Vec4 sum4(Vec a, Vec b, Vec c, Vec d) {

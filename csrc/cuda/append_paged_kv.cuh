@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kWarp) append_paged_kv_kernel(const AppendPara
     __syncwarp();  // orders the warp's stores before its loads below
     M* bounds = static_cast<M*>(p.metadata.data) + block * p.metadata.block_stride + head * p.metadata.head_stride +
                 part * (2 * D);
-    store_page_bounds<T, M, D>(keys, p.k_cache.token_stride, highest + 1, bounds);
+    store_page_bounds<T, M, D>(keys, p.k_cache.token_stride, highest + 1, p.bound, bounds);
 }
 
 }  // namespace quest::cuda

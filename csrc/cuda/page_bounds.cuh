@@ -1,5 +1,5 @@
-// The bounds of one page, by one warp: channel-wise minimum and maximum of its stored keys. Both writing ops use it, so
-// that appended and rebuilt metadata have the same bits: NaN stays NaN, zero is +0.
+// The two vectors of one page's metadata, by one warp, from its stored keys. Both writing ops use it, so that appended
+// and rebuilt metadata have the same bits: NaN stays NaN.
 #pragma once
 #include "device.cuh"
 
@@ -43,10 +43,10 @@ __device__ __forceinline__ void store_bounds(__nv_fp8_e4m3* to, const uint32_t (
     *reinterpret_cast<uint2*>(to) = {words[0], words[1]};
 }
 
-// Lanes read 16 bytes: D / 8 of them a row, so kWarp * 8 / D rows at once. `keys`: the page's first key, of `count` >=
-// 1 keys.
+// Minimum and maximum, zero as +0. Lanes read 16 bytes: D / 8 of them a row, so kWarp * 8 / D rows at once. `keys`: the
+// page's first key, of `count` >= 1 keys.
 template <class T, class M, int D>
-__device__ void store_page_bounds(const T* keys, int64_t token_stride, int count, M* bounds) {
+__device__ void store_min_max(const T* keys, int64_t token_stride, int count, M* bounds) {
     using Pair = typename Packed<T>::Pair;
     constexpr int kLanesPerRow = D / 8, kRowsAtOnce = kWarp / kLanesPerRow, kUnroll = 4;  // 4 loads in flight a lane
     const int lane = threadIdx.x % kWarp, channel = lane % kLanesPerRow * 8, row_of_lane = lane / kLanesPerRow;
@@ -87,6 +87,80 @@ __device__ void store_page_bounds(const T* keys, int64_t token_stride, int count
         store_bounds<T>(bounds + channel, lo, false);
         store_bounds<T>(bounds + D + channel, hi, true);
     }
+}
+
+// N elements that are loaded or stored at once.
+template <class E, int N>
+struct alignas(sizeof(E) * N) Run {
+    E of[N];
+};
+
+template <class M>
+__device__ __forceinline__ M nearest(float x) {
+    if constexpr (std::is_same_v<M, __nv_fp8_e4m3>) {
+        const __nv_fp8_storage_t bits = __nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3);
+        return bits_as<M>(static_cast<__nv_fp8_storage_t>(bits == 0x80 ? 0 : bits));
+    } else {
+        return Packed<M>::from_float(x);
+    }
+}
+
+// Calls f(run) with this lane's channels of each token, in order, kUnroll loads in flight.
+template <int N, class T, class F>
+__device__ __forceinline__ void for_each_token(const T* channels, int64_t token_stride, int count, F f) {
+    constexpr int kUnroll = N < 8 ? 8 : 4;  // 8: the smallest page; registers for 64 bytes
+    for (int first = 0; first < count; first += kUnroll) {
+        Run<T, N> runs[kUnroll];
+#pragma unroll
+        for (int i = 0; i < kUnroll; ++i)
+            runs[i] = *reinterpret_cast<const Run<T, N>*>(channels + min(first + i, count - 1) * token_stride);
+#pragma unroll
+        for (int i = 0; i < kUnroll; ++i)
+            if (first + i < count) f(runs[i]);
+    }
+}
+
+// Mean -+ radius. In float32, one rounding an operation (the intrinsics keep the compiler from contracting), tokens in
+// their order, a lane for D / 32 channels: the CPU kernels and the twin agree in all bits.
+template <class T, class M, int D>
+__device__ void store_mean_bounds(const T* keys, int64_t token_stride, int count, BoundRule rule, M* bounds) {
+    constexpr int N = D / kWarp;
+    const int channel = threadIdx.x % kWarp * N;
+    const bool squared = rule.kind == BoundKind::kMeanStd;
+    const float tokens = count;
+    float mean[N] = {}, spread[N] = {};
+    for_each_token<N>(keys + channel, token_stride, count, [&](const Run<T, N>& run) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) mean[i] = __fadd_rn(mean[i], float(run.of[i]));
+    });
+#pragma unroll
+    for (int i = 0; i < N; ++i) mean[i] = __fdiv_rn(mean[i], tokens);
+    for_each_token<N>(keys + channel, token_stride, count, [&](const Run<T, N>& run) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            const float deviation = __fsub_rn(float(run.of[i]), mean[i]);
+            spread[i] = __fadd_rn(spread[i], squared ? __fmul_rn(deviation, deviation) : fabsf(deviation));
+        }
+    });
+    Run<M, N> lo, hi;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        spread[i] = __fdiv_rn(spread[i], tokens);
+        const float radius = __fmul_rn(rule.scale, squared ? __fsqrt_rn(spread[i]) : spread[i]);
+        lo.of[i] = nearest<M>(__fadd_rn(__fsub_rn(mean[i], radius), 0.0f));  // -0 + 0 = +0
+        hi.of[i] = nearest<M>(__fadd_rn(__fadd_rn(mean[i], radius), 0.0f));
+    }
+    *reinterpret_cast<Run<M, N>*>(bounds + channel) = lo;
+    *reinterpret_cast<Run<M, N>*>(bounds + D + channel) = hi;
+}
+
+template <class T, class M, int D>
+__device__ __forceinline__ void store_page_bounds(const T* keys, int64_t token_stride, int count, BoundRule rule,
+                                                  M* bounds) {
+    if (rule.kind == BoundKind::kMinMax)
+        store_min_max<T, M, D>(keys, token_stride, count, bounds);
+    else
+        store_mean_bounds<T, M, D>(keys, token_stride, count, rule, bounds);
 }
 
 }  // namespace quest::cuda

@@ -23,7 +23,8 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock) update_page_metadata_ke
                         part * page_size * p.k_cache.token_stride + head * p.k_cache.head_stride;
         M* bounds = static_cast<M*>(p.metadata.data) + block * p.metadata.block_stride + head * p.metadata.head_stride +
                     part * (2 * D);
-        store_page_bounds<T, M, D>(keys, p.k_cache.token_stride, min(page_size, tokens - page * page_size), bounds);
+        store_page_bounds<T, M, D>(keys, p.k_cache.token_stride, min(page_size, tokens - page * page_size), p.bound,
+                                   bounds);
     }
 }
 
