@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+WEIGHTS = ("bf16", "int8", "int4")
 ATTENTIONS = ("quest", "dense", "sdpa", "flashinfer")
 
 DESCRIPTION = """\
@@ -29,7 +30,7 @@ Continues a prompt: text to stdout as it comes, statistics to stderr.
   quest-ops generate --chat --prompt "What is a KV cache?" --temperature 0.7 --top-p 0.9 --seed 1
   quest-ops generate --prompt-file report.txt --token-budget 512
   cat report.txt | quest-ops generate --prompt-file - --attention dense
-  quest-ops generate --model ~/models/Qwen2.5-7B-Instruct --device cuda --prompt-file report.txt
+  quest-ops generate --model ~/models/Qwen2.5-7B-Instruct --device cuda --weights int4 --prompt-file report.txt
 """
 DEMO = """\
 SmolLM2-135M reads the beginning of a long text (Python's language reference) with a pass key hidden in the
@@ -87,6 +88,10 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, help="of sampling (default: another one each time)")
     generate.add_argument("--device", default="auto", help='"cpu", "cuda", "cuda:1" (default: a GPU if there is one)')
     generate.add_argument("--dtype", choices=DTYPES, default="auto", help="default: what is fast on the device")
+    generate.add_argument("--weights", choices=WEIGHTS, help="of the layers, rounded at load (default: as --dtype)")
+    generate.add_argument(
+        "--compile", action="store_true", help="torch.compile decode steps: worth its seconds for many tokens on a GPU"
+    )
     return parser
 
 
@@ -158,7 +163,11 @@ def run_generate(args: argparse.Namespace) -> int:
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     with ProgressBars() as bars:
         model, tokenizer = Llama.load(
-            args.model, dtype=dtype, device=choose_device(args.device), progress=bars.bytes("loading the model")
+            args.model,
+            dtype=dtype,
+            weights=args.weights,
+            device=choose_device(args.device),
+            progress=bars.bytes("loading the model"),
         )
         if args.chat:
             prompt = tokenizer.encode(tokenizer.chat([{"role": "user", "content": text}]), add_special=False)
@@ -172,6 +181,7 @@ def run_generate(args: argparse.Namespace) -> int:
             attention=args.attention,
             quest=quest,
             max_sequence_tokens=min(len(prompt) + args.max_new_tokens, positions),
+            compile=args.compile,
         )
         stream = tokenizer.stream()
 
@@ -194,9 +204,10 @@ def run_generate(args: argparse.Namespace) -> int:
         f"{result.finish_reason}"
     ]
     if result.decode_steps:
+        weights = args.weights or str(model.dtype).removeprefix("torch.")
         lines.append(
             f"{result.decode_seconds / result.decode_steps * 1e3:.2f} ms a token, {result.kv_read_share:.0%} of the KV "
-            f"bytes read; {args.attention} attention, {model.dtype} on {model.device}".replace("torch.", "")
+            f"bytes read; {args.attention} attention, {weights} on {model.device}"
         )
     Console(stderr=True, highlight=False).print("\n".join(lines), style="dim", soft_wrap=True)
     return 0

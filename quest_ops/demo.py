@@ -87,7 +87,8 @@ def answer(
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Answer:
     """Reads the prompt and generates greedily, with "dense" or "quest" decode steps."""
-    generator = Generator(model, attention=attention, quest=quest, max_sequence_tokens=len(prompt.tokens) + new_tokens)
+    tokens = len(prompt.tokens) + new_tokens
+    generator = Generator(model, attention=attention, quest=quest, max_sequence_tokens=tokens, compile=False)
     arrivals = []
 
     def generate(**watch) -> Generation:

@@ -8,13 +8,17 @@ from quest_ops.llama.model import Llama
 from quest_ops.llama.weights import Checkpoint, expected_shapes
 
 
-def random_llama(config: LlamaConfig, dtype: torch.dtype, device: str) -> Llama:
+def random_checkpoint(config: LlamaConfig, dtype: torch.dtype) -> Checkpoint:
     torch.manual_seed(0)
     weights = {
-        name: 1 + 0.3 * torch.randn(shape) if "norm" in name else 0.15 * torch.randn(shape)
+        name: (1 + 0.3 * torch.randn(shape) if "norm" in name else 0.15 * torch.randn(shape)).to(dtype)
         for name, shape in expected_shapes(config).items()
     }
-    return Llama.from_checkpoint(Checkpoint(config, weights, tokenizer=None)).to(device, dtype)
+    return Checkpoint(config, weights, tokenizer=None)
+
+
+def random_llama(config: LlamaConfig, dtype: torch.dtype, device: str, weights: str | None = None) -> Llama:
+    return Llama.from_checkpoint(random_checkpoint(config, dtype), weights=weights, device=device)
 
 
 def fetch_smollm2_or_skip():

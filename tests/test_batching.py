@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from test_generate import QUEST, QUEST_FROM_THE_START, make, random_model, random_prompts
+from test_generate import (
+    COVERING,
+    QUEST,
+    QUEST_FROM_THE_START,
+    assert_same_choices,
+    generate_with_logits,
+    make,
+    random_model,
+    random_prompts,
+)
 
 from quest_ops.cache import PagedKVCache
 from quest_ops.config import QuestConfig
@@ -208,3 +217,15 @@ def test_replayed_graphs_serve_sequences_that_come_and_go(attention, sampling):
     eager._use_graphs = False
     expected = eager.generate(prompts, 40, stop_tokens=(), **sampling)
     assert [r.tokens for r in results] == [r.tokens for r in expected]
+
+
+@pytest.mark.parametrize("attention", ["quest", "dense"])
+def test_a_batch_in_one_graph_gives_each_sequence_what_it_gets_alone(device, attention):
+    """In bfloat16 on a GPU: up to the rounding of products with other numbers of rows, for which a margin is asked."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    model, prompts = random_model(dtype, device), random_prompts(90, 1, 200, 33)
+    batch, single = (make(model, attention=attention, quest=COVERING, max_batch_size=slots) for slots in (4, 1))
+    assert batch._use_graphs == (device == "cuda")
+    for prompt, steps in zip(prompts, generate_with_logits(batch, prompts, 40)):
+        expected = generate_with_logits(single, [prompt], 40)[0]
+        assert_same_choices(steps, expected, 1e-4 if device == "cpu" else 0.06)

@@ -14,6 +14,7 @@ from models import fetch_smollm2_or_skip, random_llama
 from quest_ops import QuestConfig, cli, demo, info
 from quest_ops.info import Device, System
 from quest_ops.llama.config import LlamaConfig
+from quest_ops.llama.model import WEIGHTS
 
 H100 = Device(0, "NVIDIA H100", (9, 0), 80 * 2**30)
 A10 = Device(1, "NVIDIA A10", (8, 6), 24 * 2**30)
@@ -184,6 +185,16 @@ def test_generate_writes_text_to_stdout_and_statistics_to_stderr(folder, capsys,
     assert "quest attention, float32 on cpu" in statistics and "100% of the KV" not in statistics
     (tmp_path / "prompt.txt").write_text(PROMPT)
     assert generate(capsys, folder, "--prompt-file", tmp_path / "prompt.txt")[:2] == (0, text)
+
+
+@pytest.mark.parametrize("weights", cli.WEIGHTS)
+def test_weights_are_rounded_as_asked_for(folder, capsys, weights):
+    arguments = ("generate", "--model", str(folder), "--prompt", PROMPT, "--max-new-tokens", "4", "--device", "cpu")
+    assert cli.main([*arguments, "--weights", weights]) == 0
+    assert cli.WEIGHTS == WEIGHTS  # which it repeats, to be as quick as it is without torch
+    assert f"attention, {weights} on cpu" in capsys.readouterr().err
+    assert cli.main([*arguments, "--weights", weights, "--dtype", "float32"]) == 2
+    assert f"weights '{weights}' go with dtype bfloat16, got torch.float32" in capsys.readouterr().err
 
 
 def test_the_attentions_agree_where_the_budget_covers_the_prompt(folder, capsys):

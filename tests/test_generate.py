@@ -5,13 +5,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from models import random_llama
+from test_compile import INDUCTOR
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from quest_ops import ops
 from quest_ops.config import QuestConfig
 from quest_ops.llama.batch import split_prompts
 from quest_ops.llama.config import LlamaConfig
 from quest_ops.llama.generate import Generator
-from quest_ops.llama.model import Llama, default_dtype
+from quest_ops.llama.model import PARTS, Llama, default_dtype
 from quest_ops.llama.sampling import Sampler, keep_nucleus
 from quest_ops.llama.watch import kv_tokens_read
 from quest_ops.llama.weights import Checkpoint, load_checkpoint
@@ -29,6 +31,7 @@ CONFIG = LlamaConfig(
     eos_token_ids=(7, 9),
 )
 QUEST = QuestConfig(token_budget=64, sink_tokens=16, recent_tokens=16)
+COVERING = QuestConfig(token_budget=256, dense_below=0)
 QUEST_FROM_THE_START = QuestConfig(token_budget=64, sink_tokens=16, recent_tokens=16, dense_below=0)
 
 
@@ -47,7 +50,8 @@ def random_prompts(*lengths: int) -> list[list[int]]:
 
 
 def make(model, **settings) -> Generator:
-    return Generator(model, **{"quest": QUEST, "max_batch_size": 4, "max_sequence_tokens": 256, **settings})
+    defaults = {"quest": QUEST, "max_batch_size": 4, "max_sequence_tokens": 256, "compile": False}
+    return Generator(model, **defaults | settings)
 
 
 def greedy_by_hand(model, prompt: list[int], count: int) -> list[int]:
@@ -71,8 +75,7 @@ def greedy_by_hand(model, prompt: list[int], count: int) -> list[int]:
 @pytest.mark.parametrize("chunk", [512, 37, 1])
 def test_greedy_tokens_do_not_depend_on_chunks_or_backend(model, attention, chunk):
     prompt = random_prompts(150)[0]
-    covering = QuestConfig(token_budget=256, dense_below=0)
-    generator = make(model, attention=attention, quest=covering, prefill_chunk=chunk)
+    generator = make(model, attention=attention, quest=COVERING, prefill_chunk=chunk)
     result = generator.generate([prompt], 12, stop_tokens=())[0]
     assert result.tokens == greedy_by_hand(model, prompt, 12)
     assert result.finish_reason == "length"
@@ -325,6 +328,8 @@ def test_bad_generators_are_refused(model):
         make(model, attention="sparse")
     with pytest.raises(TypeError, match="quest must be a QuestConfig"):
         make(model, quest="paper")
+    with pytest.raises(TypeError, match="compile must be None, True or False, got 'yes'"):
+        make(model, compile="yes")
     with pytest.raises(TypeError, match="model must be a Llama"):
         make("smollm2")
 
@@ -364,8 +369,7 @@ def test_smollm2_agrees_with_transformers(smollm2):
         their_logits = hf(torch.tensor([prompt])).logits[0]
 
     model = Llama.from_checkpoint(Checkpoint(smollm2.config, dict(smollm2.state_dict), smollm2.tokenizer))
-    covering = QuestConfig(token_budget=256, dense_below=0)
-    generator = Generator(model, quest=covering, max_sequence_tokens=256, prefill_chunk=24)
+    generator = Generator(model, quest=COVERING, max_sequence_tokens=256, prefill_chunk=24)
     result = generator.generate([prompt], 8, stop_tokens=())[0]
     assert result.tokens == theirs[0, len(prompt) :].tolist()
 
@@ -384,6 +388,28 @@ def test_smollm2_loads_and_knows_a_capital():
     assert "Paris" in tokenizer.decode(generator.generate([prompt], 3)[0].tokens)
 
 
+@pytest.mark.parametrize("backend", ["eager", INDUCTOR])
+def test_compiled_steps_give_the_tokens_of_eager_ones(model, backend, monkeypatch):
+    """With one compilation for all layers and attentions, for the first number of slots and for all others."""
+    torch._dynamo.reset()
+    frames = CompileCounterWithBackend(backend)
+    parts = tuple(torch.compile(part, backend=frames, fullgraph=True) for part in PARTS)
+    monkeypatch.setattr("quest_ops.llama.model.compiled_parts", lambda: parts)
+    for attention in ("quest", "dense"):
+        for lengths in ((90,), (60, 7, 90), (90, 30)):  # from dense steps into Quest steps while it runs
+            prompts = random_prompts(*lengths)
+            compiled, eager = (
+                make(model, attention=attention, compile=compile).generate(prompts, 12, stop_tokens=())
+                for compile in (True, False)
+            )
+            assert [result.tokens for result in compiled] == [result.tokens for result in eager]
+    assert frames.frame_count == 2 * len(PARTS)
+
+
+def test_only_cuda_graphs_are_compiled_by_default(model):
+    assert not Generator(model).compile and Generator(model, compile=True).compile
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("attention", ["quest", "dense"])
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "top_p": 0.9, "seed": 1}])
@@ -400,6 +426,49 @@ def test_graph_replays_give_the_tokens_of_eager_steps(attention, sampling):
     again = graphed.generate(prompts, 60, stop_tokens=(), **sampling)
     assert [r.tokens for r in again] == [r.tokens for r in expected]
     assert len(graphed._graphs) == (2 if attention == "quest" else 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weights", [None, "int8", "int4"])
+def test_compiled_graphs_are_close_to_eager_steps(weights):
+    """In bfloat16, where rounding may decide between two tokens: logits, up to the first choice that differs."""
+    torch._dynamo.reset()
+    model = random_llama(CONFIG, torch.bfloat16, "cuda", weights)
+    for lengths in ((90,), (60, 7, 90)):
+        prompts, steps = random_prompts(*lengths), {}
+        for compile in (None, False):
+            generator = make(model, quest=COVERING, compile=compile)  # where rounding does not decide on pages
+            assert generator.compile == (compile is None)
+            steps[compile] = generate_with_logits(generator, prompts, 20)
+        for compiled, eager in zip(steps[None], steps[False]):
+            assert_same_choices(compiled, eager)
+
+
+def generate_with_logits(generator: Generator, prompts: list, count: int) -> list[list[tuple[int, torch.Tensor]]]:
+    """The tokens of each prompt, each with the logits that it was chosen by; all prompts have slots at once."""
+    sample, last = generator.sampler.sample, {}
+
+    def noted(logits, rows=None):
+        # Within a CUDA graph this is the tensor that every replay writes.
+        last.update({row: logits[i] for i, row in enumerate(rows if rows is not None else range(len(logits)))})
+        return sample(logits, rows)
+
+    generator.sampler.sample = noted
+    steps = [[] for _ in prompts]
+    generator.generate(
+        prompts, count, stop_tokens=(), on_token=lambda i, token: steps[i].append((token, last[i].clone()))
+    )
+    return steps
+
+
+def assert_same_choices(steps: list, expected: list, tolerance: float = 0.06) -> None:
+    """Logits agree to a part of their norm until a token differs; there the two were as likely, up to rounding."""
+    for at, ((token, logits), (expected_token, expected_logits)) in enumerate(zip(steps, expected)):
+        assert (logits - expected_logits).norm() <= tolerance * expected_logits.norm(), f"step {at}"
+        if token != expected_token:
+            gap = expected_logits[expected_token] - expected_logits[token]
+            assert gap <= tolerance * expected_logits.abs().max(), f"step {at}: {token}, not {expected_token}"
+            return
 
 
 @pytest.mark.gpu

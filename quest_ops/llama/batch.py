@@ -67,7 +67,7 @@ class Generation:
     first_token_seconds, seconds: from the call to this prompt's first token, and to its last: with the wait for a slot
         and the steps of others. The tokens of all prompts over the largest `seconds` are the call's throughput.
     prefill_seconds: until all prompts admitted together had their first token. decode_seconds: of the decode_steps
-        that this sequence took part in. No time includes the capture of CUDA graphs.
+        that this sequence took part in. No time includes the capture of CUDA graphs and what is compiled for them.
     kv_read_share: bytes that the decode steps read of K, V and metadata, as a share of what dense attention reads
         (see `watch.kv_tokens_read`); None without decode steps.
     prefill_attention_seconds, decode_attention_seconds: the part spent in QuestAttention.run, with profile_attention.

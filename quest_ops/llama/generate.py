@@ -27,6 +27,8 @@ class Generator:
     cache_tokens: places in the cache, in whole pages, for all sequences at once; None: max_batch_size times
         max_sequence_tokens. Its size is `cache.kv_bytes`.
     prefill_chunk: tokens of a prefill step, shared by the prompts admitted together.
+    compile: decode steps run norms, RoPE and the like as few kernels, made by torch.compile at the first step and once
+        more when another number of slots comes up (see `Llama.forward`); None: where steps are CUDA graphs.
 
     Prompts are admitted in order, between decode steps, as soon as a slot is free and the pages of prompt and longest
     answer are. On a GPU the decode steps of "quest" and "dense" replay CUDA graphs, captured when a number of slots and
@@ -46,11 +48,14 @@ class Generator:
         max_sequence_tokens: int | None = None,
         cache_tokens: int | None = None,
         prefill_chunk: int = 512,
+        compile: bool | None = None,
     ):
         if not isinstance(model, Llama):
             raise TypeError(f"model must be a Llama (see Llama.load), got {type(model).__name__}")
         if not isinstance(quest, QuestConfig):
             raise TypeError(f"quest must be a QuestConfig, got {type(quest).__name__}")
+        if compile is not None and not isinstance(compile, bool):
+            raise TypeError(f"compile must be None, True or False, got {compile!r}")
         config = model.config
         check_int("max_batch_size", max_batch_size, 1)
         check_int("prefill_chunk", prefill_chunk, 1)
@@ -88,6 +93,7 @@ class Generator:
         self.sampler = Sampler(max_batch_size, config.vocab_size, model.device)
         self._tokens = torch.zeros(max_batch_size, dtype=torch.int64, device=model.device)
         self._use_graphs = model.device.type == "cuda" and attention in ("quest", "dense")
+        self.compile = self._use_graphs if compile is None else compile
         self._graphs: dict[tuple, _DecodeGraph] = {}
 
     @torch.inference_mode()
@@ -257,7 +263,7 @@ class Generator:
         return self._graphs[key].replay()
 
     def _forward(self, rows: int, attention) -> Tensor:
-        logits = self.model(self._tokens[:rows], self.attention.positions[:rows], attention)
+        logits = self.model(self._tokens[:rows], self.attention.positions[:rows], attention, compiled=self.compile)
         return self.sampler.sample(logits)
 
     def _kv_traffic(self, length: int) -> tuple[float, float]:

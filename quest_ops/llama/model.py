@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import LlamaConfig
+from .quantized import QUANTIZED
 from .rope import RotaryEmbedding, rotate
 from .weights import Checkpoint, expected_shapes, load_checkpoint
+
+WEIGHTS = ("bf16", *QUANTIZED)
 
 
 class RMSNorm(nn.Module):
@@ -26,9 +30,9 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """One projection for query, key and value; the three reach the cache and the kernels as slices of it."""
 
-    def __init__(self, config: LlamaConfig, layer: int, output_bias: bool):
+    def __init__(self, config: LlamaConfig, output_bias: bool):
         super().__init__()
-        self.layer, self.eps = layer, config.rms_norm_eps
+        self.eps = config.rms_norm_eps
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
         width = (self.heads + 2 * self.kv_heads) * self.head_dim
@@ -37,12 +41,12 @@ class Attention(nn.Module):
         # One row a query or key head, though heads of a kind share theirs: so one product norms them all.
         self.qk_norm = nn.Parameter(torch.empty(self.heads + self.kv_heads, self.head_dim)) if config.qk_norm else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         qk, value = self.qkv(x).view(len(x), -1, self.head_dim).split([self.heads + self.kv_heads, self.kv_heads], 1)
         if self.qk_norm is not None:
             qk = F.rms_norm(qk, (self.head_dim,), None, self.eps) * self.qk_norm
         query, key = rotate(qk, cos, sin).split([self.heads, self.kv_heads], 1)
-        return self.o(attention.run(self.layer, query, key, value).flatten(1))
+        return query, key, value
 
 
 class MLP(nn.Module):
@@ -57,16 +61,37 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: LlamaConfig, layer: int, output_bias: bool):
+    """A layer, in the two parts between which the caller's attention runs.
+
+    The MLP's output is added to the residual stream `x` at the start of the next block: there it shares a kernel with
+    the norm, where these parts are compiled.
+    """
+
+    def __init__(self, config: LlamaConfig, output_bias: bool):
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config, layer, output_bias)
+        self.attention = Attention(config, output_bias)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, attention)
-        return x + self.mlp(self.mlp_norm(x))
+    def before_attention(self, x: Tensor, delta: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        """x, query, key and value."""
+        x = x + delta
+        return x, *self.attention(self.attention_norm(x), cos, sin)
+
+    def after_attention(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        """x, and what the next block adds to it."""
+        x = x + self.attention.o(out.flatten(1))
+        return x, self.mlp(self.mlp_norm(x))
+
+
+PARTS = RotaryEmbedding.forward, Block.before_attention, Block.after_attention
+
+
+@functools.cache
+def compiled_parts() -> tuple[Callable, ...]:
+    """All layers share the code of these parts, so that compiling takes as long for 2 layers as for 80."""
+    return tuple(torch.compile(part) for part in PARTS)
 
 
 class Llama(nn.Module):
@@ -79,23 +104,31 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config, i, output_bias) for i in range(config.num_hidden_layers))
+        self.blocks = nn.ModuleList(Block(config, output_bias) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rope = RotaryEmbedding(config)
 
-    def forward(self, tokens: Tensor, positions: Tensor, attention, last: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, positions: Tensor, attention, last: Tensor | None = None, *, compiled: bool = False
+    ) -> Tensor:
         """Logits of packed tokens of any number of sequences.
 
         tokens, positions: [N] int64, each token and its place in its own sequence. attention: a QuestAttention planned
         for these tokens, or any object whose run(layer, query [N, Hq, D], key [N, Hkv, D], value [N, Hkv, D]) returns
         [N, Hq, D]. last: [X] int64, the rows whose logits are wanted; None: all.
+        compiled: everything but the attention, the embedding and the logits is run by torch.compile: once for a first
+        N and once for all others, at their first use (10 s each and more). Equal up to rounding.
         Returns float32 [X or N, vocab_size].
         """
+        rotations, before_attention, after_attention = compiled_parts() if compiled else PARTS
         x = self.embedding(tokens)
-        cos, sin = self.rope(positions)
-        for block in self.blocks:
-            x = block(x, cos, sin, attention)
+        delta = torch.zeros_like(x)
+        cos, sin = rotations(self.rope, positions)
+        for layer, block in enumerate(self.blocks):
+            x, query, key, value = before_attention(block, x, delta, cos, sin)
+            x, delta = after_attention(block, x, attention.run(layer, query, key, value))
+        x = x + delta
         if last is not None:
             x = x[last]
         return self.lm_head(self.norm(x)).float()
@@ -109,22 +142,36 @@ class Llama(nn.Module):
         return self.embedding.weight.device
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint) -> Llama:
-        """The model of a checkpoint (see `load_checkpoint`), with its weights' dtype and device.
+    def from_checkpoint(
+        cls, checkpoint: Checkpoint, *, weights: str | None = None, device: str | torch.device | None = None
+    ) -> Llama:
+        """The model of a checkpoint (see `load_checkpoint`), with its weights' dtype.
+
+        weights: None: as they are. "int8", "int4": those of the layers' projections are rounded (see `quantized`), one
+            layer after the other; norms, embedding and lm_head stay in bfloat16. device: where the model goes, also
+            layer by layer; None: where the weights are.
 
         Empties `checkpoint.state_dict` as it goes: fusing copies, and a large model must not be in memory twice.
-        Raises ValueError, before that, naming tensors that are missing, unknown or of another shape than the config's.
+        Raises ValueError, before that, naming tensors that are missing, unknown or of another shape than the config's,
+        and for weights that are neither of these.
         """
-        config, weights = checkpoint.config, checkpoint.state_dict
-        output_bias = "model.layers.0.self_attn.o_proj.bias" in weights
+        config, state_dict = checkpoint.config, checkpoint.state_dict
+        output_bias = "model.layers.0.self_attn.o_proj.bias" in state_dict
         expected = expected_shapes(config, output_bias)
-        found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        found = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
         if wrong := dict(sorted(found.items() ^ expected.items())):
             listed = ", ".join(f"{name}: {found.get(name)}, expected {expected.get(name)}" for name in list(wrong)[:4])
             raise ValueError(f"the state dict does not fit the config in {len(wrong)} tensors: {listed}")
+        if weights is not None:
+            check_weights(weights, state_dict["model.embed_tokens.weight"].dtype)
         with torch.device("meta"):
             model = cls(config, output_bias=output_bias)
-        model.load_state_dict(_fuse(config, weights), assign=True)
+        for module, tensors in _fuse(model, state_dict):
+            module.load_state_dict({name: t.to(device=device) for name, t in tensors.items()}, assign=True)
+            if weights in QUANTIZED:
+                _quantize(module, QUANTIZED[weights])
+        if config.tie_word_embeddings:
+            model.lm_head.weight = model.embedding.weight
         model.rope = RotaryEmbedding(config).to(model.device)
         return model.requires_grad_(False).eval()
 
@@ -134,15 +181,29 @@ class Llama(nn.Module):
         source: str,
         *,
         dtype: torch.dtype | None = None,
+        weights: str | None = None,
         device: str | torch.device = "cpu",
         progress: Callable | None = None,
     ):
         """(model, tokenizer) of "smollm2", a Hugging Face folder or hub id, or a .gguf file; see `load_checkpoint`.
 
-        dtype None: `default_dtype(device)`.
+        dtype None: `default_dtype(device)`. weights: "bf16", "int8" or "int4" (see `from_checkpoint`), each in a model
+        of dtype bfloat16; then the checkpoint is read on the host, and the device never holds more than the model and a
+        layer. None: as dtype. Raises ValueError for other weights, or with another dtype.
         """
-        checkpoint = load_checkpoint(source, dtype=dtype or default_dtype(device), device=device, progress=progress)
-        return cls.from_checkpoint(checkpoint), checkpoint.tokenizer
+        if weights is None:
+            checkpoint = load_checkpoint(source, dtype=dtype or default_dtype(device), device=device, progress=progress)
+            return cls.from_checkpoint(checkpoint), checkpoint.tokenizer
+        check_weights(weights, dtype or torch.bfloat16)
+        checkpoint = load_checkpoint(source, dtype=torch.bfloat16, device="cpu", progress=progress)
+        return cls.from_checkpoint(checkpoint, weights=weights, device=device), checkpoint.tokenizer
+
+
+def check_weights(weights: str, dtype: torch.dtype) -> None:
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights must be one of {WEIGHTS}, got {weights!r}")
+    if dtype != torch.bfloat16:
+        raise ValueError(f"weights {weights!r} go with dtype bfloat16, got {dtype}")
 
 
 def default_dtype(device: str | torch.device) -> torch.dtype:
@@ -154,29 +215,39 @@ def default_dtype(device: str | torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
-def _fuse(config: LlamaConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of `Llama` from one with Hugging Face names, which is emptied on the way."""
-    fused = {
-        "embedding.weight": weights.pop("model.embed_tokens.weight"),
-        "norm.weight": weights.pop("model.norm.weight"),
-    }
-    fused["lm_head.weight"] = fused["embedding.weight"] if config.tie_word_embeddings else weights.pop("lm_head.weight")
+def _fuse(model: Llama, weights: dict[str, Tensor]) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
+    """Modules of the model and their state dicts, from one with Hugging Face names, which is emptied on the way."""
+    config = model.config
+    yield model.embedding, {"weight": weights.pop("model.embed_tokens.weight")}
+    yield model.norm, {"weight": weights.pop("model.norm.weight")}
+    if not config.tie_word_embeddings:
+        yield model.lm_head, {"weight": weights.pop("lm_head.weight")}
     heads = (config.num_attention_heads, config.num_key_value_heads)
-    for layer in range(config.num_hidden_layers):
-        ours, theirs = f"blocks.{layer}.", f"model.layers.{layer}."
-        fused[ours + "attention_norm.weight"] = weights.pop(theirs + "input_layernorm.weight")
-        fused[ours + "mlp_norm.weight"] = weights.pop(theirs + "post_attention_layernorm.weight")
+    for layer, block in enumerate(model.blocks):
+        theirs = f"model.layers.{layer}."
+        fused = {
+            "attention_norm.weight": weights.pop(theirs + "input_layernorm.weight"),
+            "mlp_norm.weight": weights.pop(theirs + "post_attention_layernorm.weight"),
+        }
         for kind in ("weight", "bias"):
             parts = [weights.pop(f"{theirs}self_attn.{n}_proj.{kind}", None) for n in "qkv"]
             if parts[0] is not None:
-                fused[f"{ours}attention.qkv.{kind}"] = torch.cat(parts)
+                fused[f"attention.qkv.{kind}"] = torch.cat(parts)
             output = weights.pop(f"{theirs}self_attn.o_proj.{kind}", None)
             if output is not None:
-                fused[f"{ours}attention.o.{kind}"] = output
+                fused[f"attention.o.{kind}"] = output
         if config.qk_norm:
             norms = [weights.pop(f"{theirs}self_attn.{n}_norm.weight") for n in "qk"]
-            fused[ours + "attention.qk_norm"] = torch.cat([w.expand(count, -1) for w, count in zip(norms, heads)])
+            fused["attention.qk_norm"] = torch.cat([w.expand(count, -1) for w, count in zip(norms, heads)])
         gate_up = [weights.pop(f"{theirs}mlp.{n}_proj.weight") for n in ("gate", "up")]
-        fused[ours + "mlp.gate_up.weight"] = torch.cat(gate_up)
-        fused[ours + "mlp.down.weight"] = weights.pop(theirs + "mlp.down_proj.weight")
-    return fused
+        fused["mlp.gate_up.weight"] = torch.cat(gate_up)
+        fused["mlp.down.weight"] = weights.pop(theirs + "mlp.down_proj.weight")
+        yield block, fused
+
+
+def _quantize(block: nn.Module, kind: type[nn.Module]) -> None:
+    """Replaces the linear layers within a block; embedding, norm and lm_head have none within."""
+    for parent in list(block.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, kind(child.weight.data, None if child.bias is None else child.bias.data))

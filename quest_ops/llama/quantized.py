@@ -1,0 +1,129 @@
+"""Linear layers with weights of 8 or 4 bits, rounded to nearest. Inputs, outputs and sums are those of bfloat16 layers.
+
+The products are torch's own. Where torch has none that is fast (many rows; 8 bits on a GPU), the weights are expanded
+to bfloat16 for the call, or within the kernel that torch.compile makes of the call.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Up to so many rows, products with low-bit weights beat those with expanded ones.
+INT8_ROWS, INT4_ROWS = 4, 16
+
+
+class Int8Linear(nn.Module):
+    """Weights [N, K] in 8 bits, with one bfloat16 scale for each of the N outputs: each is within scale / 2.
+
+    weight, bias: bfloat16, of any N and K. Raises ValueError for other dtypes and for weights that are not finite.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        super().__init__()
+        check_weight("int8", weight)
+        scales = (weight.float().abs().amax(1) / 127).clamp(min=torch.finfo(weight.dtype).tiny).to(weight.dtype)
+        check_finite("int8", scales)
+        rounded = (weight.float() / scales[:, None].float()).round().clamp(-127, 127)
+        self.register_buffer("weight", rounded.to(torch.int8))
+        self.register_buffer("scales", scales)
+        self.register_buffer("bias", bias)
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.size(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [M, K] -> [M, N], bfloat16."""
+        few = len(x) <= INT8_ROWS
+        if few and x.device.type == "cpu":
+            out = torch.ops.aten._weight_int8pack_mm(x, self.weight, self.scales)
+        elif few and torch.compiler.is_compiling():  # one kernel that reads the weights once, in 8 bits
+            out = torch.stack([(self.weight * row.float()).sum(1) for row in x]) * self.scales
+        else:
+            out = F.linear(x, self.weight.to(x.dtype)) * self.scales
+        out = out.to(x.dtype)
+        return out if self.bias is None else out + self.bias
+
+
+class Int4Linear(nn.Module):
+    """Weights [N, K] in 4 bits: q * scale + zero with q of -8 to 7, and a bfloat16 scale and zero for each group.
+
+    A group is `group_size` adjacent weights of an output: 128, or 64 or 32 where K is no multiple. Its 16 values span
+    its weights, so each is within scale / 2 + 1/64 of the largest magnitude in the group (for the rounding of scale and
+    zero). They are packed for the kernels of the device that `weight` is on, and stay there.
+
+    weight, bias: bfloat16, N a multiple of 16 and K of 32. Raises ValueError for others and for weights that are not
+    finite.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        super().__init__()
+        check_weight("int4", weight)
+        outputs, inputs = weight.shape
+        if outputs % 16 or inputs % 32:
+            raise ValueError(f"int4 weights must be [N, K] of N % 16 = 0 and K % 32 = 0, got {list(weight.shape)}")
+        self.in_features = inputs
+        self.group_size = next(size for size in (128, 64, 32) if inputs % size == 0)
+        groups = weight.float().view(outputs, -1, self.group_size)
+        low, high = groups.aminmax(dim=2, keepdim=True)
+        scales = ((high - low) / 15).clamp(min=torch.finfo(weight.dtype).tiny).to(weight.dtype).float()
+        zeros = (low + 8 * scales).to(weight.dtype).float()
+        check_finite("int4", scales)
+        rounded = ((groups - zeros) / scales).round_().clamp_(-8, 7).add_(8).view(outputs, inputs)
+        self.register_buffer("packed", _pack(rounded, self.group_size))
+        scales_and_zeros = torch.cat([scales, zeros], 2).transpose(0, 1).contiguous()  # [K / group_size, N, 2]
+        self.register_buffer("scales_and_zeros", scales_and_zeros.to(weight.dtype))
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [M, K] -> [M, N], bfloat16."""
+        arguments = x, self.packed, self.group_size, self.scales_and_zeros
+        if x.device.type == "cpu":
+            out = torch.ops.aten._weight_int4pack_mm_for_cpu(*arguments)
+        elif len(x) <= INT4_ROWS:
+            out = torch.ops.aten._weight_int4pack_mm(*arguments)
+        else:
+            out = F.linear(x, self._expanded())
+        return out if self.bias is None else out + self.bias
+
+    def _expanded(self) -> Tensor:
+        """The weights [N, K] that the CUDA kernel multiplies by, bit by bit, in bfloat16."""
+        # The layout of m16n8k16 tensor core tiles (matrix_to_m16n8k16_Bint4_layout of torch's int4mm.cu): an int32
+        # holds, of a lane's row, 2 tiles of 16 weights x 2 halves of 8 x 2 neighbours, its bytes in the order below.
+        octets, tiles, _, words = self.packed.shape
+        pairs = self.packed.view(torch.uint8)
+        values = torch.stack([pairs & 15, pairs >> 4], -1).view(octets, tiles, 8, 4, words, 2, 2, 2)
+        #         n / 8, k / (32 * words), n % 8, k % 8 / 2, k / 32, k % 2, k / 16 % 2, k / 8 % 2
+        values = values.permute(0, 2, 1, 4, 6, 7, 3, 5).reshape(8 * octets, -1, self.group_size).view(torch.int8) - 8
+        scales, zeros = self.scales_and_zeros.transpose(0, 1).unsqueeze(-1).unbind(2)
+        return torch.addcmul(zeros, values.to(scales.dtype), scales).flatten(1)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        device, dtype = self.packed.device, self.scales_and_zeros.dtype
+        if self.packed.is_cpu != (self.packed.dtype == torch.uint8) or dtype != torch.bfloat16:
+            raise RuntimeError(f"int4 weights cannot become {dtype} on {device}: load the model there, in bfloat16")
+        return self
+
+
+QUANTIZED = {"int8": Int8Linear, "int4": Int4Linear}
+
+
+def check_weight(kind: str, weight: Tensor) -> None:
+    if weight.dtype != torch.bfloat16:  # torch's products on a CPU are 10 times slower for float32 rows
+        raise ValueError(f"{kind} weights need a model in bfloat16, got {weight.dtype}")
+
+
+def check_finite(kind: str, scales: Tensor) -> None:
+    if not bool(scales.isfinite().all()):
+        raise ValueError(f"{kind} weights must be finite numbers, got NaN or infinity")
+
+
+def _pack(values: Tensor, group_size: int) -> Tensor:
+    """values [N, K] of 0 to 15 in the layout of torch's kernels on their device."""
+    if values.is_cpu:
+        return torch.ops.aten._convert_weight_to_int4pack_for_cpu(values.int(), 1)
+    pairs = values.to(torch.uint8)
+    return torch.ops.aten._convert_weight_to_int4pack(pairs[:, ::2] << 4 | pairs[:, 1::2], group_size // 16)
