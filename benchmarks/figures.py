@@ -1,4 +1,4 @@
-"""Draws the results of kernels.py, break_even.py and end_to_end.py, from their JSON.
+"""Draws the results of kernels.py, break_even.py, end_to_end.py and accuracy.py, from their JSON.
 
 python benchmarks/figures.py benchmarks/results/kernels-h100.json kernels.png
 """
@@ -8,7 +8,7 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
-TICKS_K = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+TICKS = tuple(2**i for i in range(6, 21))
 # What a line is called, the rows it takes and its style, in the order of the legend.
 LINES = {
     "FlashInfer dense": ({"path": "flashinfer"}, {"color": "tab:orange", "marker": "o"}),
@@ -36,20 +36,26 @@ def draw(record: dict, path: Path) -> None:
 
     rows = record["rows"]
     first = rows[0] if rows else {}
-    kind = _break_even if "speedup" in first else _end_to_end if "attention" in first else _kernels
+    kind = (
+        _break_even if "speedup" in first else
+        _end_to_end if "attention" in first else
+        _accuracy if "policy" in first else
+        _kernels
+    )  # fmt: skip
     panels = kind(rows)
     if not panels:
-        raise ValueError("nothing to draw: the rows are of none of kernels.py, break_even.py and end_to_end.py")
+        raise ValueError("nothing to draw: the rows are of none of the benchmarks")
     figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 5), squeeze=False, layout="constrained")
     for axis, (title, label, lines) in zip(axes[0], panels):
         for name, points, style in lines:
             axis.plot(*zip(*sorted(points)), label=name, markersize=4, **style)
         axis.set_xscale("log", base=2)
-        axis.set_yscale("linear" if kind is _end_to_end else "log")
-        contexts = sorted({x for _, points, _ in lines for x, _ in points})
-        ticks = [k for k in TICKS_K if contexts[0] <= 1024 * k <= contexts[-1]]
-        axis.set_xticks([1024 * k for k in ticks], [f"{k}K" for k in ticks])
-        axis.set(title=title, xlabel="context, tokens", ylabel=label)
+        axis.set_yscale("linear" if kind in (_end_to_end, _accuracy) else "log")
+        places = sorted({x for _, points, _ in lines for x, _ in points})
+        ticks = [tick for tick in TICKS if places[0] <= tick <= places[-1]]
+        axis.set_xticks(ticks, [f"{tick // 1024}K" if tick >= 1024 else str(tick) for tick in ticks])
+        axis.set_xticks([], minor=True)
+        axis.set(title=title, xlabel="budget, tokens" if kind is _accuracy else "context, tokens", ylabel=label)
         axis.yaxis.set_major_formatter("{x:g}")
         if kind is _end_to_end:
             axis.set_ylim(0, None)
@@ -116,6 +122,20 @@ def _end_to_end(rows: list[dict]) -> list[tuple]:
          [(name, found[name], {"color": color, "marker": "o"}) for name, color in ATTENTIONS.items() if name in found])
         for (model, batch, weights, budget), found in sorted(panels.items())
     ]  # fmt: skip
+
+
+def _accuracy(rows: list[dict]) -> list[tuple]:
+    """Added loss, or the share of answers found, against the budget, a panel for each context."""
+    value, label = (
+        ("added_loss", "added loss, nats a token") if "added_loss" in rows[0] else ("found", "share of answers found")
+    )
+    panels = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        panels[row["context"]][row["policy"]].append((row["budget"], row[value]))
+    return [
+        (f"after {context} tokens", label, [(name, points, {"marker": "o"}) for name, points in policies.items()])
+        for context, policies in panels.items()
+    ]
 
 
 def main() -> None:

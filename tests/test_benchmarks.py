@@ -13,13 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from models import fetch_smollm2_or_skip
+from models import fetch_smollm2_or_skip, random_llama
 
-from quest_ops import QuestConfig
+from quest_ops import PagedKVCache, QuestAttention, QuestConfig
 from quest_ops.llama.weights import expected_shapes
 
 ROOT = Path(__file__).parent.parent
-MODULES = ("timing", "cases", "peers", "phases", "record", "figures", "kernels", "break_even", "decoders", "end_to_end")
+MODULES = (
+    "timing", "cases", "peers", "phases", "record", "figures", "kernels", "break_even", "decoders", "end_to_end",
+    "policies", "forced", "tasks", "accuracy",
+)  # fmt: skip
 ROW_KEYS = {"case", "path", "metadata", "page_size", "us", "flashinfer_us", "sdpa_us", "floor_us", "gbps", "ratio"}
 
 
@@ -255,3 +258,161 @@ def test_end_to_end_refuses_contexts_past_the_positions_of_a_checkpoint(smollm2)
     done = run_script("end_to_end.py", "--quick", "--context", "9000")
     assert done.returncode != 0
     assert done.stderr.splitlines()[-1] == "--context 9000 is more than the 8192 positions of smollm2"
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes, and 0 before a text."""
+
+    def encode(self, text, add_special=True):
+        return [0] * add_special + list(text.encode())
+
+
+LETTERS = {"letters": list(b"abcdefghij" * 300), "capitals": list(b"KLMNOPQRST" * 200)}
+
+
+def test_pieces_of_a_text_do_not_overlap(bench):
+    numbered = {"numbers": list(range(1000)), "more": list(range(1000, 3000))}
+    found = bench.tasks.pieces(numbered, 300, 3)
+    assert [kind for kind, _ in found] == ["numbers"] * 3 + ["more"] * 3
+    assert all(tokens == list(range(tokens[0], tokens[0] + 300)) for _, tokens in found)
+    assert len({token for _, tokens in found for token in tokens}) == 6 * 300
+    with pytest.raises(ValueError, match="numbers has 1000 tokens, too few for 4 pieces of 300"):
+        bench.tasks.pieces(numbered, 300, 4)
+
+
+def test_a_document_holds_each_fact_at_its_depth_and_a_question_asks_for_it(bench):
+    asker = bench.tasks.Asker(Bytes(), 1000, seed=0)
+    bodies = bench.tasks.pieces(LETTERS, 1000, 1)
+    asker.passkeys(bodies, 4)
+    asker.needles(bodies, 5)
+    asker.lookups(2, 6)
+    assert len(asker.documents) == 2 * 4 + 2 + 2 and len(asker.questions) == 2 * 4 + 2 * 5 + 2 * 6
+    asked_before = {}
+    for question in asker.questions:
+        document = bytes(asker.documents[question.continuation.document])
+        assert document[0] == 0 and 970 < len(document) <= 1000
+        text = bytes(question.continuation.tokens).decode()
+        asked, answer = text[: -question.answer], text[-question.answer :]
+        assert answer.strip().isdigit() and len(answer.strip()) == 5
+        stated = asked.strip().splitlines()[-1].split("? ")[-1]  # of the question and the start of its answer
+        place = document.decode().lower().index(f"{stated}{answer}".lower())
+        key = question.continuation.document, question.kind
+        assert place > asked_before.get(key, 0), "questions follow the order of the text"
+        asked_before[key] = place
+    places = [bytes(document).index(b"The pass key") for document in asker.documents[:4]]
+    assert places == pytest.approx([(i + 0.5) / 4 * 940 for i in range(4)], abs=15)
+    kinds = [question.kind for question in asker.questions]
+    assert kinds == ["letters"] * 4 + ["capitals"] * 4 + ["letters"] * 5 + ["capitals"] * 5 + ["list"] * 12
+
+
+def small_documents(bench):
+    config = dataclasses.replace(
+        bench.decoders.SHAPES["llama-3.1-8b"], num_hidden_layers=3, hidden_size=64, intermediate_size=64,
+        vocab_size=100, head_dim=64, num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    model = random_llama(config, torch.float32, "cpu")
+    generator = torch.Generator().manual_seed(0)
+    prefixes = [torch.randint(100, (n,), generator=generator).tolist() for n in (210, 144, 155)]
+    tails = [
+        (document, torch.randint(100, (n,), generator=generator).tolist()) for document, n in ((0, 20), (2, 9), (0, 2))
+    ]
+    continuations = [bench.forced.Continuation(*tail) for tail in tails]
+    return bench.forced.Documents(model, prefixes, 20, lambda done, total: None), continuations
+
+
+def one_token_a_step(documents, config, blank, continuation):
+    """Losses and hits of a continuation, in a cache of its own."""
+    model, prefix = documents.model, documents.prefixes[continuation.document]
+    shape = model.config
+    cache = PagedKVCache(
+        shape.num_hidden_layers, shape.num_key_value_heads, shape.head_dim, 40, page_size=config.page_size,
+        dtype=model.dtype, metadata_dtype=config.metadata_dtype,
+    )  # fmt: skip
+    attention = QuestAttention(config, cache, shape.num_attention_heads, max_batch_size=1, max_sequence_tokens=300)
+    seq = cache.add()
+    attention.plan([seq], len(prefix), prefill=True)
+    model(torch.tensor(prefix), attention.positions, attention)
+    if blank:
+        for layer in range(cache.num_layers):
+            cache.page_metadata(layer).zero_()
+    logits = []
+    for token in continuation.tokens[:-1]:
+        attention.plan([seq], 1)
+        logits.append(model(torch.tensor([token]), attention.positions, attention)[0])
+    logits, asked = torch.stack(logits), torch.tensor(continuation.tokens[1:])
+    return F.cross_entropy(logits, asked, reduction="none"), logits.argmax(-1) == asked
+
+
+@torch.inference_mode()
+def test_teacher_forcing_is_decoding_one_token_a_step(bench):
+    """For every policy, documents and continuations of any length, and again after others have used the caches."""
+    documents, continuations = small_documents(bench)
+    dense = documents.predict(None, 0, continuations)
+    differing = set()
+    for policy in [*bench.policies.POLICIES, bench.policies.POLICIES[0]]:
+        config = policy.config(96)
+        predictions = documents.predict(policy, 96, continuations)
+        for prediction, continuation, exact in zip(predictions, continuations, dense):
+            loss, hit = one_token_a_step(documents, config, policy.recent_only, continuation)
+            torch.testing.assert_close(prediction.loss, loss, rtol=1e-4, atol=1e-4)
+            assert torch.equal(prediction.hit, hit)
+            if (prediction.loss - exact.loss).abs().max() > 1e-3:
+                differing.add(policy.name)
+    assert differing == {policy.name for policy in bench.policies.POLICIES}
+    every_token = QuestConfig(token_budget=512, dense_below=0)
+    for prediction, continuation in zip(dense, continuations):
+        loss, _ = one_token_a_step(documents, every_token, False, continuation)
+        torch.testing.assert_close(prediction.loss, loss, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_a_budget_that_covers_the_documents_is_no_measurement(bench):
+    documents, continuations = small_documents(bench)
+    with pytest.raises(RuntimeError, match="covers"):
+        documents.predict(bench.policies.POLICIES[2], 512, continuations)
+
+
+def test_policies_fill_equal_budgets(bench):
+    for policy in bench.policies.POLICIES:
+        for budget in (128, 256, 512, 1024):
+            config = policy.config(budget)
+            assert config.page_budget * config.page_size == budget
+            if policy.recent_only:
+                assert config.sink_pages + config.recent_pages == config.page_budget - 1
+    assert {policy.metadata_bytes for policy in bench.policies.POLICIES} == {0, 1}
+    assert bench.policies.POLICIES[0].config(256) == QuestConfig.paper(token_budget=256)
+
+
+def test_quick_accuracy_run_writes_rows_and_a_figure(smollm2, tmp_path):
+    pytest.importorskip("matplotlib")
+    files = "--json", tmp_path / "a.json", "--figure", tmp_path / "a.png"
+    done = run_script("accuracy.py", "passkey", "--quick", "--context", "400", "--budget", "128", *files)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert {"gpu", "torch", "command", "csrc_tree", "model", "rows"} <= set(record)
+    assert len({row["policy"] for row in record["rows"]}) == len(record["rows"]) == 8
+    for row in record["rows"]:
+        right, trials = map(sum, zip(*row["found_by_kind"].values()))
+        assert trials == row["trials"] > 10 and right == round(row["found"] * trials)
+    found = {row["policy"]: row["found"] for row in record["rows"]}
+    assert found["mean_std 1, pages of 8, 8-bit"] > found["sink + recent"]
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--quick", "--context", "512", "--budget", "512"), "--budget 512 covers a --context of 512"),
+        (("--quick", "--budget", "48"), "at least 64"),
+        (("--quick", "--text", "nowhere.txt"), "--text: no such file: nowhere.txt"),
+    ],
+)
+def test_accuracy_says_in_one_line_what_it_cannot_do(arguments, message):
+    done = run_script("accuracy.py", "perplexity", *arguments)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith(message)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_accuracy_without_a_gpu_names_the_quick_run():
+    done = run_script("accuracy.py", "passkey")
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith("--quick makes a small table on the CPU")

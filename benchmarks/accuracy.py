@@ -1,0 +1,239 @@
+"""What Quest's selection of pages costs in accuracy, on the kernels that a decoder runs: a table for each command.
+
+    python benchmarks/accuracy.py perplexity --json benchmarks/results/perplexity-h100.json --figure perplexity.png
+    python benchmarks/accuracy.py passkey --quick
+    python benchmarks/accuracy.py needles --quick --text novel.txt
+
+A document is prefilled with dense attention, once for all policies; what follows it goes through decode steps, the
+question as well as the answer, and keys and values that it appends are its own. policies.py lists the policies;
+"metadata" is their bytes of metadata a token, the paper's being 1. The model's weights are as its file has them.
+
+- perplexity: teacher-forced on real text. Loss in nats a token of dense attention, and how much more each policy has,
+  with its standard error over the windows (of the same windows' differences).
+- passkey: a number hidden at 10 depths of filler and of real texts.
+- needles: 8 numbers under names in one text, and numbers in long lists of numbers.
+  Both: the share found, by greedy decoding, of those that dense attention finds.
+"""
+
+import argparse
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+# Beside other work on the machine, threads that spin make a prefill on the CPU 10 times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import record
+import torch
+from forced import Continuation, Documents
+from policies import POLICIES
+from tasks import FILLER, Asker, pieces, texts_of
+
+from quest_ops.llama.model import Llama
+from quest_ops.llama.tokenizer import Tokenizer
+
+SEED = 1
+HEADER = f"{'policy':34}{'metadata':>9}{'context':>9}{'budget':>8}"
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def prefilled(model: Llama, documents: list[list[int]], tail: int) -> Documents:
+    started = time.perf_counter()
+
+    def progress(done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\rprefill: {done} of {total} tokens", end="\n" if done == total else "", file=sys.stderr)
+
+    made = Documents(model, documents, tail, progress)
+    note(f"{len(documents)} documents, {sum(map(len, documents))} tokens: {time.perf_counter() - started:.0f} s")
+    return made
+
+
+def settings_of(policy, budget: int, context: int) -> dict:
+    return {"policy": policy.name, "metadata": policy.metadata_bytes, "context": context, "budget": budget}
+
+
+def perplexity(args, model: Llama, tokenizer: Tokenizer) -> list[dict]:
+    start = tokenizer.encode("")
+    rows = []
+    for context in args.context:
+        size = context - len(start) + args.tokens + 1
+        windows = pieces(texts_of(tokenizer, args.text), size, args.pieces)
+        cut = context - len(start)
+        documents = prefilled(model, [start + tokens[:cut] for _, tokens in windows], args.tokens + 1)
+        continuations = [Continuation(i, tokens[cut:]) for i, (_, tokens) in enumerate(windows)]
+
+        def losses(policy=None, budget=0, documents=documents, continuations=continuations) -> torch.Tensor:
+            return torch.stack([p.loss.double().mean() for p in documents.predict(policy, budget, continuations)])
+
+        kinds = [kind for kind, _ in windows]
+        dense = losses()
+        print(f"dense: {dense.mean():.4f} nats a token, {len(windows)} windows of {args.tokens} tokens after {context}")
+        print(f"{HEADER}{'added loss':>12}{'+-':>8}")
+        for policy in POLICIES:
+            for budget in args.budget:
+                added = losses(policy, budget) - dense
+                row = settings_of(policy, budget, context) | {
+                    "dense_loss": dense.mean().item(),
+                    "added_loss": added.mean().item(),
+                    "standard_error": added.std().item() / math.sqrt(len(added)),
+                    "windows": len(added),
+                    "tokens": args.tokens,
+                    "added_by_kind": {k: added[[x == k for x in kinds]].mean().item() for k in dict.fromkeys(kinds)},
+                }
+                rows.append(row)
+                show(row, f"{row['added_loss']:12.4f}{row['standard_error']:8.4f}")
+    return rows
+
+
+def passkey(args, model: Llama, tokenizer: Tokenizer) -> list[dict]:
+    rows = []
+    for context in args.context:
+        asker = Asker(tokenizer, context, SEED)
+        for _ in range(args.pieces):
+            asker.passkeys([("filler", filler(tokenizer, context))], args.depths)
+        asker.passkeys(pieces(texts_of(tokenizer, args.text), context, args.pieces), args.depths)
+        rows += found(args, model, asker)
+    return rows
+
+
+def needles(args, model: Llama, tokenizer: Tokenizer) -> list[dict]:
+    rows = []
+    for context in args.context:
+        asker = Asker(tokenizer, context, SEED)
+        bodies = [("filler", filler(tokenizer, context))] * args.pieces
+        asker.needles(bodies + pieces(texts_of(tokenizer, args.text), context, args.pieces), args.depths)
+        asker.lookups(args.pieces, args.depths)
+        rows += found(args, model, asker)
+    return rows
+
+
+def filler(tokenizer: Tokenizer, context: int) -> list[int]:
+    line = tokenizer.encode(FILLER, add_special=False)
+    return line * (context // len(line) + 1)
+
+
+def found(args, model: Llama, asker: Asker) -> list[dict]:
+    """A row for each policy and budget: how many of the answers that dense attention gives it gives."""
+    continuations = [question.continuation for question in asker.questions]
+    documents = prefilled(model, asker.documents, max(len(c.tokens) for c in continuations))
+
+    def right(policy=None, budget=0) -> torch.Tensor:
+        predictions = documents.predict(policy, budget, continuations)
+        answers = [p.hit[-question.answer :].all() for p, question in zip(predictions, asker.questions)]
+        return torch.stack(answers)
+
+    dense, rows = right(), []
+    trials = int(dense.sum())
+    print(f"dense: {trials} of {len(dense)} after {asker.context} tokens")
+    if trials == 0:
+        note("dense attention answers nothing here, so there is nothing to compare")
+        return []
+    print(f"{HEADER}{'found':>10}{'of':>5}")
+    kinds = [question.kind for question in asker.questions]
+    for policy in POLICIES:
+        for budget in args.budget:
+            kept = right(policy, budget)[dense].double()
+            by_kind = {
+                kind: [int(kept[of_kind].sum()), int(of_kind.sum())]
+                for kind in dict.fromkeys(kinds)
+                for of_kind in [torch.tensor([x == kind for x in kinds])[dense]]
+            }
+            row = settings_of(policy, budget, asker.context) | {
+                "found": kept.mean().item(),
+                "standard_error": math.sqrt(kept.mean().item() * (1 - kept.mean().item()) / trials),
+                "trials": trials,
+                "dense": [trials, len(dense)],
+                "found_by_kind": by_kind,
+            }
+            rows.append(row)
+            show(row, f"{row['found']:10.0%}{trials:5}")
+    return rows
+
+
+def show(row: dict, result: str) -> None:
+    settings = f"{row['policy']:34}{row['metadata']:9g}{row['context']:9}{row['budget']:8}"
+    print(settings + result, flush=True)
+
+
+TABLES = {"perplexity": perplexity, "passkey": passkey, "needles": needles}
+# (full, quick). pieces: of each kind of text. depths: pass keys or facts in a text.
+DEFAULTS = {
+    "perplexity": {
+        "context": ((6656,), (3072,)), "budget": ((256, 512, 1024), (256, 512)), "pieces": (5, 2), "depths": (0, 0),
+    },
+    "passkey": {
+        "context": ((2048, 4096, 7680), (2048,)), "budget": ((128, 256, 512, 1024), (128, 256)), "pieces": (2, 1),
+        "depths": (10, 5),
+    },
+    "needles": {
+        "context": ((6656,), (2048,)), "budget": ((256, 512, 1024), (256, 512)), "pieces": (8, 1), "depths": (8, 8),
+    },
+}  # fmt: skip
+TOKENS = (512, 128)
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
+    return number
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--quick", action="store_true", help="a small table on the CPU, within 3 minutes")
+    parser.add_argument("--model", default="smollm2", help="a Hugging Face folder or hub id, or a .gguf file")
+    parser.add_argument("--text", nargs="+", type=Path, default=[], metavar="FILE", help="further kinds of text")
+    parser.add_argument("--context", nargs="+", type=positive, metavar="TOKENS", help="of a document")
+    parser.add_argument("--budget", nargs="+", type=positive, metavar="TOKENS")
+    parser.add_argument("--pieces", type=positive, metavar="N", help="documents of each kind of text")
+    record.add_arguments(parser)
+    args = parser.parse_args()
+
+    args.device = "cpu" if args.quick else "cuda"
+    if not args.quick and not torch.cuda.is_available():
+        parser.error("needs a CUDA device; --quick makes a small table on the CPU")
+    for name, choices in DEFAULTS[args.table].items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, choices[args.quick])
+    args.tokens = TOKENS[args.quick]
+    if max(args.budget) >= min(args.context):
+        parser.error(f"--budget {max(args.budget)} covers a --context of {min(args.context)}")
+    try:
+        for policy in POLICIES:
+            for budget in args.budget:
+                policy.config(budget)
+    except ValueError as error:
+        parser.error(str(error))
+    if missing := [str(file) for file in args.text if not file.is_file()]:
+        parser.error(f"--text: no such file: {', '.join(missing)}")
+    return args
+
+
+@torch.inference_mode()
+def main() -> None:
+    args = parse()
+    model, tokenizer = Llama.load(args.model, device=args.device)
+    longest = model.config.max_position_embeddings
+    tail = args.tokens if args.table == "perplexity" else 64
+    if max(args.context) + tail > longest:
+        raise SystemExit(
+            f"--context {max(args.context)} and what follows are more than the model's {longest} positions"
+        )
+    try:
+        rows = TABLES[args.table](args, model, tokenizer)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    contents = {"what": f"accuracy: {args.table}", "model": Path(args.model).name, "dtype": str(model.dtype)}
+    record.finish(args, args.device, contents | {"rows": rows})
+
+
+if __name__ == "__main__":
+    main()

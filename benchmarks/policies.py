@@ -1,0 +1,55 @@
+"""What accuracy.py compares: ways to choose the pages that a decode step attends to, at equal budgets."""
+
+from dataclasses import dataclass
+
+import torch
+
+from quest_ops import QuestConfig
+
+BLOCK_SIZE = 16  # tokens of a block in every policy's cache, whatever its pages: the keys and values are the same ones
+
+
+@dataclass(frozen=True)
+class Policy:
+    """paper: no sink, one recent page, the first two layers dense; else one sink page and 64 recent tokens (32 where
+    the budget is below 512). recent_only: the sink and the most recent pages, chosen without metadata."""
+
+    name: str
+    bound: str = "minmax"
+    bound_scale: float = 1.0
+    page_size: int = 16
+    eight_bit: bool = False
+    paper: bool = False
+    recent_only: bool = False
+
+    def config(self, budget: int) -> QuestConfig:
+        settings = {
+            "page_size": self.page_size,
+            "token_budget": budget,
+            "bound": self.bound,
+            "bound_scale": self.bound_scale,
+            "metadata_dtype": torch.float8_e4m3fn if self.eight_bit else None,
+        }
+        if self.paper:
+            return QuestConfig.paper(**settings)
+        # A budget has room for a page to choose. All scores being equal, that is the first one: a second sink page.
+        recent = budget - 2 * self.page_size if self.recent_only else 64 if budget >= 512 else 32
+        return QuestConfig(sink_tokens=16, recent_tokens=recent, **settings)
+
+    @property
+    def metadata_bytes(self) -> float:
+        """Of a token, in units of the paper's: pages of 16, 16 bits a number."""
+        return 0.0 if self.recent_only else 16 / self.page_size * (0.5 if self.eight_bit else 1.0)
+
+
+# Those of one cache layout stand together.
+POLICIES = (
+    Policy("paper", paper=True),
+    Policy("sink + recent", recent_only=True),
+    Policy("minmax"),
+    Policy("cuboid", bound="cuboid"),
+    Policy("mean_std 1", bound="mean_std"),
+    Policy("minmax, pages of 8, 8-bit", page_size=8, eight_bit=True),
+    Policy("mean_std 1, pages of 8, 8-bit", bound="mean_std", page_size=8, eight_bit=True),
+    Policy("mean_std 1.5, pages of 8, 8-bit", bound="mean_std", bound_scale=1.5, page_size=8, eight_bit=True),
+)
