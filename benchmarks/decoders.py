@@ -42,16 +42,18 @@ SHAPES = {
 }  # fmt: skip
 
 
-def random_decoder(config: LlamaConfig, dtype: torch.dtype, device: str) -> Llama:
-    """Weights of the usual initialisation, N(0, 0.02), made on the device; norms are 1."""
+def random_decoder(config: LlamaConfig, dtype: torch.dtype, device: str, weights: str | None = None) -> Llama:
+    """Weights of the usual initialisation, N(0, 0.02), made on the device; norms are 1.
+
+    weights: as `Llama.from_checkpoint` takes it."""
     torch.manual_seed(0)
-    weights = {
+    state_dict = {
         name: torch.ones(shape, dtype=dtype, device=device)
         if "norm" in name
         else torch.empty(shape, dtype=dtype, device=device).normal_(std=0.02)
         for name, shape in expected_shapes(config).items()
     }
-    return Llama.from_checkpoint(Checkpoint(config, weights, None))
+    return Llama.from_checkpoint(Checkpoint(config, state_dict, None), weights=weights)
 
 
 def random_kv(model: Llama, layer: int, batch: int, tokens: int) -> Tensor:
@@ -87,7 +89,7 @@ class FilledPool:
 
     def __init__(self, model: Llama, batch: int, context: int, quest: QuestConfig):
         config, device = model.config, model.device
-        self.model, self.batch, self.context, self.quest = model, batch, context, quest
+        self.model, self.batch, self.context = model, batch, context
         self.cache = cache = PagedKVCache(
             config.num_hidden_layers,
             config.num_key_value_heads,
@@ -117,10 +119,10 @@ class FilledPool:
 class PagedAttention:
     """A QuestAttention on a FilledPool; several may take turns on one. backend: "quest", "dense" or "flashinfer"."""
 
-    def __init__(self, pool: FilledPool, backend: str):
+    def __init__(self, pool: FilledPool, backend: str, quest: QuestConfig):
         self.pool = pool
         self.attention = QuestAttention(
-            pool.quest,
+            quest,
             pool.cache,
             pool.model.config.num_attention_heads,
             backend=backend,

@@ -1,21 +1,26 @@
 """Times one decode step of the reference decoder, from token to greedy token, with each kind of attention in turn.
 
     python benchmarks/end_to_end.py --json benchmarks/results/end_to_end-h100.json --figure end_to_end.png
+    python benchmarks/end_to_end.py --model llama-2-7b --weights int4 --metadata 16 8 --dense-layers 0 2
     python benchmarks/end_to_end.py --quick --json benchmarks/results/end_to_end-cpu.json
 
 Attention is Quest, this library's dense paged attention, FlashInfer's (on a GPU, where installed) or torch's SDPA on
 contiguous keys and values; nothing else differs. Weights are random but for smollm2 and --checkpoint, keys and values
 always. All attentions are first compared, layer by layer, on a context that Quest's budget covers. On a GPU the step is
-one CUDA graph (median of 20 replays; planning, which the host does while the GPU works, is not in it); on the CPU it is
-plain calls, planning included, and the fastest of 40.
+one CUDA graph (median of 20 replays; planning, which the host does while the GPU works, is not in it), with its small
+operations compiled for each batch size; on the CPU it is plain calls, planning included, and the fastest of 40.
 
 - ms: a step; tokens/s: batch over it.
-- attention: the share of ms that a step without attention does not need.
+- attention: the share of ms that a step without attention does not need; weights: that of its matrix products, logits
+  included, timed alone; other: what remains, norms, RoPE and the like.
 - ratio: ms with FlashInfer (SDPA where FlashInfer is not installed or not there) over ms.
 """
 
 import argparse
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import figures
@@ -26,43 +31,53 @@ from peers import check_close, flashinfer_module, note
 from timing import graph_us, wall_us
 
 from quest_ops import QuestConfig
+from quest_ops.llama.model import WEIGHTS as ROUNDED_WEIGHTS
 from quest_ops.llama.model import Llama, default_dtype
+from quest_ops.llama.quantized import Int4Linear, Int8Linear
 
-WEIGHTS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+WEIGHTS = ("fp32", *ROUNDED_WEIGHTS)
+METADATA = {"16": None, "8": torch.float8_e4m3fn}
 ATTENTIONS = tuple(figures.ATTENTIONS)
 CONTEXTS = tuple(1024 * k for k in (8, 16, 32, 64, 128))
 QUICK_CONTEXTS = tuple(1024 * k for k in (2, 4, 8))
 CPU_TURNS, CPU_PASSES = 5, 8
 CHECK_BATCH, CHECK_CONTEXT = 2, 1000  # no multiple of a page
 TOLERANCE = {torch.bfloat16: 0.02, torch.float32: 1e-5}  # of an output, as peers.check_close takes it
-HEADER = f"{'case':24}{'weights':>8}  {'attention':12}{'ms':>9}{'tokens/s':>10}{'attention':>11}{'ratio':>8}"
+SHARES = "attention", "weights", "other"
+HEADER = (
+    f"{'case':24}{'weights':>8}  {'attention':40}{'ms':>9}{'tokens/s':>10}"
+    f"{''.join(f'{share:>11}' for share in SHARES)}{'ratio':>8}"
+)
 
 
-def greedy_step(model: Llama, attention, batch: int, context: int) -> torch.Tensor:
+def greedy_step(model: Llama, attention, batch: int, context: int, compiled: bool = False) -> torch.Tensor:
     """The tokens [B] after the last ones of `context`."""
     tokens = torch.arange(1, batch + 1, device=model.device)
-    return model(tokens, torch.full_like(tokens, context - 1), attention).argmax(-1)
+    return model(tokens, torch.full_like(tokens, context - 1), attention, compiled=compiled).argmax(-1)
 
 
-def step_ms(model: Llama, attention, batch: int, context: int) -> float:
-    if model.device.type == "cuda":
+def step_ms(attention, step: Callable[[], object], device: str) -> float:
+    if device == "cuda":
         attention.plan()
-        return graph_us([lambda: greedy_step(model, attention, batch, context)]) / 1e3
+        return graph_us([step]) / 1e3
 
     def planned_step() -> None:
         attention.plan()
-        greedy_step(model, attention, batch, context)
+        step()
 
     return wall_us([planned_step], CPU_PASSES) / 1e3
 
 
-def step_times(model: Llama, attentions: dict, batch: int, context: int) -> dict[str, float]:
-    """Milliseconds of a step with each attention. On the CPU they take turns, so that other load meets them all."""
-    turns = [
-        {name: step_ms(model, attention, batch, context) for name, attention in attentions.items()}
-        for _ in range(CPU_TURNS if model.device.type == "cpu" else 1)
-    ]
-    return {name: min(turn[name] for turn in turns) for name in attentions}
+def products(model: Llama, batch: int) -> Callable[[], object]:
+    """All matrix products of a step, one after the other on the same inputs."""
+    layers = [m for m in model.modules() if isinstance(m, (torch.nn.Linear, Int8Linear, Int4Linear))]
+    inputs = {
+        size: torch.randn(batch, size, device=model.device).to(model.dtype) for size in {m.in_features for m in layers}
+    }
+    multiply = torch.nn.Module.__call__
+    if model.device.type == "cuda" and any(isinstance(layer, Int8Linear) for layer in layers):
+        multiply = torch.compile(multiply)  # its kernel for few rows comes from there
+    return lambda: [multiply(layer, inputs[layer.in_features]) for layer in layers]
 
 
 class Compared:
@@ -86,83 +101,118 @@ class Compared:
         return expected
 
 
-def check(model: Llama, attentions: list[str], quest: QuestConfig) -> None:
+# What is timed: an attention's name, and for Quest its setting.
+Entry = tuple[str, QuestConfig]
+
+
+def entries_of(attentions: list[str], quests: list[QuestConfig]) -> list[Entry]:
+    others = [(name, quests[0]) for name in attentions if name != "quest"]
+    return [("quest", quest) for quest in quests if "quest" in attentions] + others
+
+
+def paged_attentions(model: Llama, batch: int, context: int, entries: list[Entry]) -> dict[Entry, PagedAttention]:
+    """All on one pool for each dtype of metadata."""
+    pools, made = {}, {}
+    for name, quest in entries:
+        if quest.metadata_dtype not in pools:
+            pools[quest.metadata_dtype] = FilledPool(model, batch, context, quest)
+        made[name, quest] = PagedAttention(pools[quest.metadata_dtype], name, quest)
+    return made
+
+
+def check(model: Llama, entries: list[Entry]) -> None:
     """Raises RuntimeError unless all attentions agree in every layer of a step whose context Quest's budget covers."""
     size = CHECK_BATCH, CHECK_CONTEXT
-    pool = FilledPool(model, *size, replace(quest, token_budget=2 * CHECK_CONTEXT, dense_below=0))
-    others = {name: PagedAttention(pool, name) for name in attentions if name != "sdpa"}
-    compared = Compared(ContiguousAttention(model, *size), others)
+    covering = [(name, replace(q, token_budget=2 * CHECK_CONTEXT, dense_below=0)) for name, q in entries]
+    others = paged_attentions(model, *size, [entry for entry in covering if entry[0] != "sdpa"])
+    compared = Compared(ContiguousAttention(model, *size), {label(*entry): a for entry, a in others.items()})
     compared.plan()
     greedy_step(model, compared, *size)
 
 
-def times_of(model: Llama, batch: int, context: int, attentions: list[str], quest: QuestConfig) -> dict[str, float]:
-    """Milliseconds of a step with each attention that fits in memory, and with "none"."""
+def times_of(model: Llama, batch: int, context: int, entries: list[Entry], compiled: bool) -> dict[Entry | str, float]:
+    """Milliseconds of a step with each attention that fits in memory, of one "without", and of its "products" alone."""
+    device = model.device.type
 
-    def measure(names: list[str]) -> dict[str, float]:
-        made, paged = {}, [name for name in names if name not in ("none", "sdpa")]
-        if "none" in names:
-            made["none"] = NoAttention()
-        if paged:
-            pool = FilledPool(model, batch, context, quest)
-            made |= {name: PagedAttention(pool, name) for name in paged}
-        if "sdpa" in names:
-            made["sdpa"] = ContiguousAttention(model, batch, context)
-        return step_times(model, made, batch, context)
+    def measure(entries: list[Entry], alone: bool) -> dict:
+        made = {"without": NoAttention()} if alone else {}
+        made |= paged_attentions(model, batch, context, [entry for entry in entries if entry[0] != "sdpa"])
+        made |= {entry: ContiguousAttention(model, batch, context) for entry in entries if entry[0] == "sdpa"}
+        steps = {
+            key: (attention, lambda attention=attention: greedy_step(model, attention, batch, context, compiled))
+            for key, attention in made.items()
+        }
+        if alone:
+            steps["products"] = NoAttention(), products(model, batch)
+        # On the CPU they take turns, so that other load meets them all.
+        turns = [
+            {key: step_ms(*step, device) for key, step in steps.items()}
+            for _ in range(CPU_TURNS if device == "cpu" else 1)
+        ]
+        return {key: min(turn[key] for turn in turns) for key in steps}
 
-    if model.device.type == "cpu":
-        return measure(["none", *attentions])
-    times = measure(["none"])
-    # On a GPU one cache at a time, for the longest context that fits.
-    for names in ([name for name in attentions if name != "sdpa"], [name for name in attentions if name == "sdpa"]):
+    if device == "cpu":
+        return measure(entries, alone=True)
+    times = measure([], alone=True)
+    groups = defaultdict(list)  # one cache at a time, for the longest context that fits
+    for name, quest in entries:
+        groups["sdpa" if name == "sdpa" else quest.metadata_dtype].append((name, quest))
+    for group in groups.values():
         try:
-            times |= measure(names)
+            times |= measure(group, alone=False)
         except torch.OutOfMemoryError:
-            note(f"batch {batch}, context {context}: not enough memory for {', '.join(names)}")
+            names = ", ".join(label(*entry) for entry in group)
+            note(f"batch {batch}, context {context}: not enough memory for {names}")
         torch.cuda.empty_cache()
     return times
 
 
-def rows_of(model_name: str, weights: str, batch: int, context: int, quest: QuestConfig, times: dict):
+def label(attention: str, quest: QuestConfig) -> str:
+    return figures.label(attention, "8" if quest.metadata_dtype else "", len(quest.dense_layers))
+
+
+def rows_of(model_name: str, weights: str, batch: int, context: int, times: dict) -> list[dict]:
     times = dict(times)
-    rest = times.pop("none")
-    peer = next((name for name in ("flashinfer", "sdpa") if name in times), None)
-    shared = {
-        "case": f"{model_name}-{context / 1024:.3g}k-b{batch}", "model": model_name, "context": context, "batch": batch,
-        "weights": weights, "budget": quest.token_budget, "dense_layers": len(quest.dense_layers),
-        "metadata": "8" if quest.metadata_dtype else str(8 * WEIGHTS[weights].itemsize), "rest_ms": rest,
-        "peer": peer,
-    }  # fmt: skip
+    without, alone = times.pop("without"), times.pop("products")
+    by_name = {name: ms for (name, _), ms in times.items()}
+    peer = next((name for name in ("flashinfer", "sdpa") if name in by_name), None)
     return [
-        shared
-        | {
-            "attention": name,
-            "ms": ms,
-            "tokens_per_s": batch * 1e3 / ms,
-            "attention_share": 1 - rest / ms,
-            "ratio": times[peer] / ms if peer else None,
+        {
+            "case": f"{model_name}-{context / 1024:.3g}k-b{batch}", "model": model_name, "context": context,
+            "batch": batch, "weights": weights, "budget": quest.token_budget, "dense_layers": len(quest.dense_layers),
+            "metadata": "8" if quest.metadata_dtype else "32" if weights == "fp32" else "16", "attention": name,
+            "ms": ms, "without_attention_ms": without, "products_ms": alone, "tokens_per_s": batch * 1e3 / ms,
+            "attention_share": 1 - without / ms, "weights_share": alone / ms, "other_share": (without - alone) / ms,
+            "peer": peer, "ratio": by_name[peer] / ms if peer else None,
         }
-        for name, ms in times.items()
-    ]
+        for (name, quest), ms in times.items()
+    ]  # fmt: skip
 
 
 def show(row: dict) -> None:
     ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
-    times = f"{row['ms']:9.2f}{row['tokens_per_s']:10.1f}{row['attention_share']:11.0%}{ratio:>8}"
-    print(f"{row['case']:24}{row['weights']:>8}  {row['attention']:12}{times}", flush=True)
+    name = figures.label(row["attention"], row["metadata"], row["dense_layers"])
+    shares = "".join(f"{row[share + '_share']:11.0%}" for share in SHARES)
+    times = f"{row['ms']:9.2f}{row['tokens_per_s']:10.1f}{shares}{ratio:>8}"
+    print(f"{row['case']:24}{row['weights']:>8}  {name:40}{times}", flush=True)
 
 
-def load(name: str, dtype: torch.dtype, device: str) -> Llama:
+def load(name: str, weights: str, device: str) -> Llama:
+    dtype, weights = (torch.float32, None) if weights == "fp32" else (torch.bfloat16, weights)
     if name in SHAPES:
-        return random_decoder(SHAPES[name], dtype, device)
-    return Llama.load(name, dtype=dtype, device=device)[0]
+        return random_decoder(SHAPES[name], dtype, device, weights)
+    return Llama.load(name, dtype=dtype, weights=weights, device=device)[0]
+
+
+def natural(text: str, minimum: int = 0) -> int:
+    number = int(text)
+    if number < minimum:
+        raise argparse.ArgumentTypeError(f"must be {minimum} or more, got {text}")
+    return number
 
 
 def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
-    return number
+    return natural(text, 1)
 
 
 def parse() -> argparse.Namespace:
@@ -176,8 +226,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--weights", choices=WEIGHTS, help="default: bf16; on a CPU without its instructions fp32")
     parser.add_argument("--attention", nargs="+", choices=ATTENTIONS, help="default: all that run here")
     parser.add_argument("--budget", type=positive, metavar="TOKENS", help="of Quest; default: 2048")
-    parser.add_argument("--dense-layers", type=positive, default=0, metavar="N", help="first layers without Quest")
-    parser.add_argument("--eight-bit-metadata", action="store_true")
+    parser.add_argument("--metadata", nargs="+", choices=METADATA, default=["16"], help="bits of Quest's page metadata")
+    parser.add_argument(
+        "--dense-layers", nargs="+", type=natural, default=[0], metavar="N", help="first layers without Quest"
+    )
+    parser.add_argument("--no-compile", action="store_true", help="small operations as torch runs them, on a GPU too")
     record.add_arguments(parser)
     args = parser.parse_args()
 
@@ -193,14 +246,17 @@ def parse() -> argparse.Namespace:
         args.attention = [name for name in ATTENTIONS if there or name != "flashinfer"]
     args.models = [args.checkpoint] if args.checkpoint else args.model or (["smollm2"] if args.quick else [*SHAPES])
     args.context = args.context or (QUICK_CONTEXTS if args.quick else CONTEXTS)
-    dtype = WEIGHTS[args.weights] if args.weights else default_dtype(args.device)
-    args.weights = next(name for name in WEIGHTS if WEIGHTS[name] == dtype)
+    args.weights = args.weights or ("bf16" if default_dtype(args.device) == torch.bfloat16 else "fp32")
+    args.compiled = args.device == "cuda" and not args.no_compile
     try:
-        args.quest = QuestConfig(
-            token_budget=args.budget or (512 if args.quick else 2048),
-            dense_layers=tuple(range(args.dense_layers)),
-            metadata_dtype=torch.float8_e4m3fn if args.eight_bit_metadata else None,
-        )
+        args.quests = [
+            QuestConfig(
+                token_budget=args.budget or (512 if args.quick else 2048),
+                dense_layers=tuple(range(dense_layers)),
+                metadata_dtype=METADATA[bits],
+            )
+            for bits, dense_layers in product(args.metadata, args.dense_layers)
+        ]
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -209,23 +265,25 @@ def parse() -> argparse.Namespace:
 @torch.inference_mode()
 def main() -> None:
     args = parse()
-    rows = []
+    rows, entries = [], entries_of(args.attention, args.quests)
     print(HEADER)
     for name in args.models:
-        model = load(name, WEIGHTS[args.weights], args.device)
+        model = load(name, args.weights, args.device)
         longest = model.config.max_position_embeddings
         if max(args.context) > longest:
             raise SystemExit(f"--context {max(args.context)} is more than the {longest} positions of {name}")
-        check(model, args.attention, args.quest)
+        check(model, entries)
         for batch in args.batch:
+            torch.compiler.reset()  # else the second batch size is compiled for any, and a ninth shape not at all
             for context in args.context:
-                times = times_of(model, batch, context, args.attention, args.quest)
-                new = rows_of(Path(name).name, args.weights, batch, context, args.quest, times)
+                times = times_of(model, batch, context, entries, args.compiled)
+                new = rows_of(Path(name).name, args.weights, batch, context, times)
                 for row in new:
                     show(row)
                 rows += new
         del model
-    contents = {"what": "milliseconds a decode step", "threads": torch.get_num_threads(), "rows": rows}
+    threads, compiled = torch.get_num_threads(), args.compiled
+    contents = {"what": "milliseconds a decode step", "threads": threads, "compiled": compiled, "rows": rows}
     record.finish(args, args.device, contents)
 
 

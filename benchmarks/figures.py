@@ -27,6 +27,13 @@ LINES = {
 ATTENTIONS = {"quest": "tab:blue", "dense": "tab:green", "flashinfer": "tab:orange", "sdpa": "tab:brown"}
 
 
+def label(attention: str, metadata: str, dense_layers: int) -> str:
+    """What a row of end_to_end.py is called."""
+    if attention != "quest":
+        return attention
+    return attention + ", 8-bit metadata" * (metadata == "8") + f", {dense_layers} dense layers" * (dense_layers > 0)
+
+
 def draw(record: dict, path: Path) -> None:
     """Raises ValueError where the record holds nothing to draw."""
     import matplotlib
@@ -116,12 +123,21 @@ def _end_to_end(rows: list[dict]) -> list[tuple]:
     panels = defaultdict(lambda: defaultdict(list))
     for row in rows:
         shape = tuple(row[key] for key in ("model", "batch", "weights", "budget"))
-        panels[shape][row["attention"]].append((row["context"], row["ms"]))
+        kind = tuple(row[key] for key in ("attention", "metadata", "dense_layers"))
+        panels[shape][kind].append((row["context"], row["ms"]))
+
+    def lines_of(found: dict) -> list[tuple]:
+        ordered = sorted(found, key=lambda kind: list(ATTENTIONS).index(kind[0]))
+        return [(label(*kind), found[kind], style(*kind)) for kind in ordered]
+
+    def style(attention: str, metadata: str, dense_layers: int) -> dict:
+        color = "tab:red" if attention == "quest" and metadata == "8" else ATTENTIONS[attention]
+        return {"color": color, "marker": "o", "linestyle": "--" if attention == "quest" and dense_layers else "-"}
+
     return [
-        (f"{model}, batch {batch}, {weights}, budget {budget}", "milliseconds a token",
-         [(name, found[name], {"color": color, "marker": "o"}) for name, color in ATTENTIONS.items() if name in found])
+        (f"{model}, batch {batch}, {weights}, budget {budget}", "milliseconds a token", lines_of(found))
         for (model, batch, weights, budget), found in sorted(panels.items())
-    ]  # fmt: skip
+    ]
 
 
 def _accuracy(rows: list[dict]) -> list[tuple]:

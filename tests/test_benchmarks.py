@@ -178,18 +178,20 @@ def small_decoder(bench, name):
 @pytest.mark.parametrize("name", ["llama-2-7b", "llama-3.1-8b", "qwen2.5-7b"])
 @torch.inference_mode()
 def test_all_attentions_are_compared_in_every_layer_before_they_are_timed(bench, name, monkeypatch):
-    model, attentions = small_decoder(bench, name), ["quest", "dense", "sdpa"]
-    bench.end_to_end.check(model, attentions, QuestConfig())
-    bench.end_to_end.check(model, attentions, QuestConfig(dense_layers=(0,), metadata_dtype=torch.float8_e4m3fn))
+    model = small_decoder(bench, name)
+    quests = [QuestConfig(), QuestConfig(dense_layers=(0,)), QuestConfig(metadata_dtype=torch.float8_e4m3fn)]
+    entries = bench.end_to_end.entries_of(["quest", "dense", "sdpa"], quests)
+    assert len(entries) == 5
+    bench.end_to_end.check(model, entries)
 
     class Wrong(bench.decoders.PagedAttention):
-        def __init__(self, pool, backend):
-            super().__init__(pool, backend)
+        def __init__(self, pool, backend, quest):
+            super().__init__(pool, backend, quest)
             pool.cache.k_cache(1)[7, 3, 0].add_(1)  # a single vector
 
     monkeypatch.setattr(bench.end_to_end, "PagedAttention", Wrong)
     with pytest.raises(RuntimeError, match="quest attention, layer 1 is wrong"):
-        bench.end_to_end.check(model, attentions, QuestConfig())
+        bench.end_to_end.check(model, entries)
 
 
 @torch.inference_mode()
@@ -199,7 +201,7 @@ def test_both_caches_hold_the_same_tokens_after_a_step(bench):
         bench.decoders.FilledPool(model, *size, QuestConfig()),
         bench.decoders.ContiguousAttention(model, *size),
     )
-    paged = bench.decoders.PagedAttention(pool, "dense")
+    paged = bench.decoders.PagedAttention(pool, "dense", QuestConfig())
     for attention in (paged, contiguous):
         for _ in range(2):  # a step can be repeated
             attention.plan()
@@ -213,12 +215,32 @@ def test_both_caches_hold_the_same_tokens_after_a_step(bench):
                 torch.testing.assert_close(held[blocks].flatten(0, 1)[:100], expected[b], rtol=1e-5, atol=1e-5)
 
 
-def test_the_ratio_is_to_flashinfer_where_there(bench):
-    times = {"quest": 10.0, "flashinfer": 30.0, "sdpa": 40.0}
-    for present, ratio in ((times, 3.0), ({"quest": 10.0, "sdpa": 40.0}, 4.0), ({"quest": 10.0}, None)):
-        quest = bench.end_to_end.rows_of("m", "bf16", 4, 8192, QuestConfig(), {**present, "none": 5.0})[0]
-        assert quest["case"] == "m-8k-b4" and quest["ratio"] == ratio
-        assert quest["tokens_per_s"] == 400 and quest["attention_share"] == 0.5
+def test_the_ratio_is_to_flashinfer_where_there_and_the_shares_add_up(bench):
+    wide, narrow = QuestConfig(), QuestConfig(metadata_dtype=torch.float8_e4m3fn, dense_layers=(0, 1))
+    times = {("quest", wide): 10.0, ("quest", narrow): 8.0, ("flashinfer", wide): 30.0, ("sdpa", wide): 40.0}
+    for absent, ratio in (((), 3.0), (("flashinfer",), 4.0), (("flashinfer", "sdpa"), None)):
+        present = {entry: ms for entry, ms in times.items() if entry[0] not in absent}
+        rows = bench.end_to_end.rows_of("m", "int4", 4, 8192, {**present, "without": 5.0, "products": 4.0})
+        assert rows[0]["case"] == "m-8k-b4" and rows[0]["ratio"] == ratio and rows[0]["tokens_per_s"] == 400
+        assert [rows[0][f"{part}_share"] for part in bench.end_to_end.SHARES] == pytest.approx([0.5, 0.4, 0.1])
+        names = [bench.figures.label(row["attention"], row["metadata"], row["dense_layers"]) for row in rows]
+        assert names[:2] == ["quest", "quest, 8-bit metadata, 2 dense layers"] and len(names) == len(present)
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+@torch.inference_mode()
+def test_the_products_are_those_of_a_step(bench, weights):
+    shape = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64, "vocab_size": 100, "head_dim": 64}
+    shape = dataclasses.replace(bench.decoders.SHAPES["llama-3.1-8b"], **shape)
+    model, calls = bench.decoders.random_decoder(shape, torch.bfloat16, "cpu", weights), []
+    for module in model.modules():
+        if hasattr(module, "in_features"):
+            module.register_forward_pre_hook(lambda module, x: calls.append((id(module), x[0].shape)))
+    bench.end_to_end.greedy_step(model, bench.decoders.NoAttention(), 3, 1000)
+    step = calls.copy()
+    calls.clear()
+    bench.end_to_end.products(model, 3)()
+    assert sorted(calls) == sorted(step) and len(step) == 2 * 4 + 1  # two layers and the logits
 
 
 @pytest.fixture
@@ -229,14 +251,17 @@ def smollm2():
 def test_quick_end_to_end_run_writes_rows_and_a_figure(smollm2, tmp_path):
     pytest.importorskip("matplotlib")
     files = "--json", tmp_path / "e.json", "--figure", tmp_path / "e.png"
-    done = run_script("end_to_end.py", "--quick", "--context", "1024", "2048", *files)
+    settings = "--weights", "int8", "--metadata", "16", "8", "--dense-layers", "0", "2"
+    done = run_script("end_to_end.py", "--quick", "--context", "1024", *settings, *files)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "e.json").read_text())
     assert {"gpu", "torch", "command", "csrc_tree", "threads", "rows"} <= set(record)
-    assert {(row["context"], row["attention"]) for row in record["rows"]} == {
-        (context, name) for context in (1024, 2048) for name in ("quest", "dense", "sdpa")
-    }
-    assert all(0 < row["attention_share"] < 1 and row["ms"] > row["rest_ms"] > 0 for row in record["rows"])
+    assert sorted((r["attention"], r["metadata"], r["dense_layers"]) for r in record["rows"]) == sorted(
+        [("dense", "16", 0), ("sdpa", "16", 0), *(("quest", bits, layers) for bits in ("16", "8") for layers in (0, 2))]
+    )
+    for row in record["rows"]:
+        assert row["weights"] == "int8" and row["ms"] > row["without_attention_ms"] > 0 and row["products_ms"] > 0
+        assert sum(row[f"{part}_share"] for part in ("attention", "weights", "other")) == pytest.approx(1)
     assert (tmp_path / "e.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -247,6 +272,7 @@ def test_quick_end_to_end_run_writes_rows_and_a_figure(smollm2, tmp_path):
         ((), "needs a CUDA device; --quick times SmolLM2 on the CPU"),
         (("--quick", "--attention", "flashinfer"), "--attention flashinfer needs a CUDA device"),
         (("--quick", "--budget", "32"), "at least 96"),
+        (("--quick", "--dense-layers", "-1"), "must be 0 or more, got -1"),
     ],
 )
 def test_end_to_end_says_in_one_line_what_it_cannot_do(arguments, message):

@@ -64,7 +64,9 @@ def test_products_do_not_depend_on_how_many_rows_there_are(device, kind, rows):
     bias = torch.randn(640, generator=generator).to(device, torch.bfloat16)
     x = torch.randn(rows, 192, generator=generator).to(device, torch.bfloat16)
     weights_used = exact_rows(QUANTIZED[kind](weight), 192, device, 1).float()
-    out = QUANTIZED[kind](weight, bias)(x)
+    layer = QUANTIZED[kind](weight, bias)
+    out = layer(x)
+    assert torch.equal(layer(torch.cat([x, x], 1)[:, :192]), out)  # as a slice of rows
     # Rows of the weights differ by 5 orders of magnitude, so each output has a tolerance of its own.
     tolerance = 0.01 * (x.float().norm(dim=1)[:, None] * weight.float().norm(dim=1) + bias.float().abs())
     assert out.dtype == torch.bfloat16

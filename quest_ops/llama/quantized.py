@@ -38,7 +38,7 @@ class Int8Linear(nn.Module):
         """x [M, K] -> [M, N], bfloat16."""
         few = len(x) <= INT8_ROWS
         if few and x.device.type == "cpu":
-            out = torch.ops.aten._weight_int8pack_mm(x, self.weight, self.scales)
+            out = torch.ops.aten._weight_int8pack_mm(x.contiguous(), self.weight, self.scales)
         elif few and torch.compiler.is_compiling():  # one kernel that reads the weights once, in 8 bits
             out = torch.stack([(self.weight * row.float()).sum(1) for row in x]) * self.scales
         else:
@@ -79,7 +79,7 @@ class Int4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [M, K] -> [M, N], bfloat16."""
-        arguments = x, self.packed, self.group_size, self.scales_and_zeros
+        arguments = x.contiguous(), self.packed, self.group_size, self.scales_and_zeros
         if x.device.type == "cpu":
             out = torch.ops.aten._weight_int4pack_mm_for_cpu(*arguments)
         elif len(x) <= INT4_ROWS:
