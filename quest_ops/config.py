@@ -35,7 +35,9 @@ class QuestConfig:
         each query head selects for itself.
     metadata_dtype: dtype that the cache's page metadata must have: the cache's, or float8_e4m3fn, half of 16 bits to
         keep and to read ("minmax" is still a bound of keys of magnitude up to 448); None: whatever the cache has.
-    dense_below: a decode step whose longest sequence is at most this many tokens is dense; None: token_budget.
+    dense_below: a decode step whose longest sequence is at most this many tokens is dense; None: as many as fill the
+        pages of the budget, which Quest attends to in full anyway. With more, a sequence between the two is dense
+        alone and sparse beside a longer one.
     bound: what a page's metadata is, over its keys and channel by channel: "minmax", the paper's, an upper bound of
         every score; "cuboid": mean -+ mean absolute deviation; "mean_std": mean -+ standard deviation.
     bound_scale: factor on the deviation of "cuboid" and "mean_std"; 1 for "minmax".
@@ -117,4 +119,4 @@ class QuestConfig:
     @property
     def dense_length(self) -> int:
         """Longest sequence, in tokens, for which a decode step is dense."""
-        return self.token_budget if self.dense_below is None else self.dense_below
+        return self.page_budget * self.page_size if self.dense_below is None else self.dense_below

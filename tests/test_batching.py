@@ -67,6 +67,16 @@ def test_prompts_get_the_tokens_they_get_alone(model, attention, quest, sampling
     assert any(None in seqs for seqs in steps) and generator.cache.free_blocks == generator.cache.num_blocks
 
 
+def test_a_budget_of_no_whole_pages_does_not_make_tokens_depend_on_neighbours(model):
+    """A sequence of 65 to 79 tokens, more than the 4 pages of its budget, is sparse alone as beside a longer one."""
+    quest = QuestConfig(token_budget=79, sink_tokens=16, recent_tokens=16)
+    prompts = random_prompts(65, 66, 67, 200)
+    results = make(model, quest=quest).generate(prompts, 12, stop_tokens=())
+    assert [result.tokens for result in results] == alone(model, prompts, 12, quest=quest)
+    dense = alone(model, prompts, 12, attention="dense")
+    assert all(result.tokens != tokens for result, tokens in zip(results, dense)), "no prompt that tells them apart"
+
+
 def test_a_slot_is_filled_in_the_step_after_it_is_free(model, monkeypatch):
     prompts = random_prompts(20, 30, 40, 50)
     generator = make(model, max_batch_size=2)

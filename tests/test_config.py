@@ -28,6 +28,8 @@ def test_paper_has_no_sink_one_recent_page_and_two_dense_layers():
 
 def test_dense_length_follows_the_budget_unless_given():
     assert QuestConfig(token_budget=512).dense_length == 512
+    assert QuestConfig(token_budget=527).dense_length == 512  # whole pages: 513 tokens are one more than it holds
+    assert QuestConfig(token_budget=527, page_size=8).dense_length == 520
     assert QuestConfig(token_budget=512, dense_below=0).dense_length == 0
 
 

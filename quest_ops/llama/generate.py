@@ -34,8 +34,8 @@ class Generator:
     answer are. On a GPU the decode steps of "quest" and "dense" replay CUDA graphs, captured when a number of slots and
     kind of step first come up and kept for later calls: sequences come and go without a new capture.
 
-    A sequence's tokens depend on no other's, up to the rounding of a matrix product with more rows; but where
-    quest.dense_length exceeds whole pages of the budget, on whether a longer one makes its step sparse.
+    A sequence's tokens depend on no other's, up to the rounding of a matrix product with more rows; unless
+    quest.dense_below is set above the budget (see QuestConfig).
     """
 
     def __init__(
