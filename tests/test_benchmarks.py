@@ -251,13 +251,13 @@ def smollm2():
 def test_quick_end_to_end_run_writes_rows_and_a_figure(smollm2, tmp_path):
     pytest.importorskip("matplotlib")
     files = "--json", tmp_path / "e.json", "--figure", tmp_path / "e.png"
-    settings = "--weights", "int8", "--metadata", "16", "8", "--dense-layers", "0", "2"
+    settings = "--weights", "int8", "--metadata", "16", "8", "--dense-layers", "0", "2", "--attention", "sdpa", "quest"
     done = run_script("end_to_end.py", "--quick", "--context", "1024", *settings, *files)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "e.json").read_text())
     assert {"gpu", "torch", "command", "csrc_tree", "threads", "rows"} <= set(record)
     assert sorted((r["attention"], r["metadata"], r["dense_layers"]) for r in record["rows"]) == sorted(
-        [("dense", "16", 0), ("sdpa", "16", 0), *(("quest", bits, layers) for bits in ("16", "8") for layers in (0, 2))]
+        [("sdpa", "16", 0), *(("quest", bits, layers) for bits in ("16", "8") for layers in (0, 2))]
     )
     for row in record["rows"]:
         assert row["weights"] == "int8" and row["ms"] > row["without_attention_ms"] > 0 and row["products_ms"] > 0
