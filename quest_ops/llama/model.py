@@ -117,8 +117,9 @@ class Llama(nn.Module):
         tokens, positions: [N] int64, each token and its place in its own sequence. attention: a QuestAttention planned
         for these tokens, or any object whose run(layer, query [N, Hq, D], key [N, Hkv, D], value [N, Hkv, D]) returns
         [N, Hq, D]. last: [X] int64, the rows whose logits are wanted; None: all.
-        compiled: everything but the attention, the embedding and the logits is run by torch.compile: once for a first
-        N and once for all others, at their first use (10 s each and more). Equal up to rounding.
+        compiled: torch.compile makes the parts around the attention, which takes seconds at a first N and once more for
+        all other N. Equal up to rounding. Past 8 kinds of model and N in a process torch warns and runs them as they
+        are (torch._dynamo.config.recompile_limit).
         Returns float32 [X or N, vocab_size].
         """
         rotations, before_attention, after_attention = compiled_parts() if compiled else PARTS
