@@ -29,7 +29,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw them here (PNG; needs matplotlib)")
     parser.add_argument(
-        "--csrc-tree", help="`git rev-parse HEAD:csrc` of the code that runs, outside of a git checkout"
+        "--csrc-tree", help="`git rev-parse HEAD:csrc` of the code that runs, where this checkout cannot tell"
     )
 
 
@@ -40,7 +40,7 @@ def environment(device: str, csrc_tree_given: str | None) -> dict:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "command": "python " + " ".join(sys.argv),
-        "csrc_tree": csrc_tree() or csrc_tree_given or "unknown",
+        "csrc_tree": csrc_tree_given or csrc_tree() or "unknown",
     }
 
 

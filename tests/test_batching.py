@@ -234,8 +234,12 @@ def test_a_batch_in_one_graph_gives_each_sequence_what_it_gets_alone(device, att
     """In bfloat16 on a GPU: up to the rounding of products with other numbers of rows, for which a margin is asked."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     model, prompts = random_model(dtype, device), random_prompts(90, 1, 200, 33)
-    batch, single = (make(model, attention=attention, quest=COVERING, max_batch_size=slots) for slots in (4, 1))
+
+    def with_slots(slots: int) -> Generator:
+        return make(model, attention=attention, quest=COVERING, max_batch_size=slots)
+
+    batch = with_slots(4)
     assert batch._use_graphs == (device == "cuda")
     for prompt, steps in zip(prompts, generate_with_logits(batch, prompts, 40)):
-        expected = generate_with_logits(single, [prompt], 40)[0]
+        expected = generate_with_logits(with_slots(1), [prompt], 40)[0]
         assert_same_choices(steps, expected, 1e-4 if device == "cpu" else 0.06)

@@ -445,7 +445,10 @@ def test_compiled_graphs_are_close_to_eager_steps(weights):
 
 
 def generate_with_logits(generator: Generator, prompts: list, count: int) -> list[list[tuple[int, torch.Tensor]]]:
-    """The tokens of each prompt, each with the logits that it was chosen by; all prompts have slots at once."""
+    """The tokens of each prompt, each with the logits that it was chosen by; all prompts have slots at once.
+
+    Of a generator that has no CUDA graphs yet: logits are noted as a graph is captured.
+    """
     sample, last = generator.sampler.sample, {}
 
     def noted(logits, rows=None):
