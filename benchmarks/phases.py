@@ -5,9 +5,9 @@ Needs a library that notes the clock, which is slower by a few percent; build on
     QUEST_OPS_PHASE_CLOCKS=1 QUEST_OPS_CUDA_ARCHS=90 pip install --no-build-isolation -e .
     python benchmarks/kernels.py --phases
 
-A row is the median over the blocks of the last launch, with metadata in 16 bits. "before" is what a block spends waiting
-for the previous launch to end; the rest adds up to a launch. Phases end where a block's first thread passes, so that
-what its other warps still wait for counts into the phase after.
+A row is the median over the blocks of the last launch, with metadata in 16 bits. "before" is what a block spends
+waiting for the previous launch to end; the rest adds up to a launch. Phases end where a block's first thread passes,
+so that what its other warps still wait for counts into the phase after.
 """
 
 import ctypes
