@@ -157,7 +157,8 @@ def found(args, model: Llama, asker: Asker) -> list[dict]:
 
 
 def show(row: dict, result: str) -> None:
-    settings = f"{row['policy']:34}{row['metadata']:9g}{row['context']:9}{row['budget']:8}"
+    metadata = "-" if row["metadata"] is None else f"{row['metadata']:g}"
+    settings = f"{row['policy']:34}{metadata:>9}{row['context']:9}{row['budget']:8}"
     print(settings + result, flush=True)
 
 

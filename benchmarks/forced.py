@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from attend import OracleAttention
 from policies import BLOCK_SIZE, Policy
 from torch import Tensor
 
@@ -67,20 +68,26 @@ class Documents:
 
         A row sees its own token and those before, and selects for itself, so that is the same as one token a step.
         """
+        attention = self.attention_of(policy, budget)
+        runs = OracleAttention(attention) if policy and policy.oracle else attention
+        predictions = []
+        for first in range(0, len(continuations), MOST_SEQUENCES):
+            predictions += self.decode(attention, runs, continuations[first : first + MOST_SEQUENCES])
+        return predictions
+
+    def attention_of(self, policy: Policy | None, budget: int) -> QuestAttention:
+        """The attention of a policy (None: dense) on a cache that holds the documents with the policy's metadata."""
         config = policy.config(budget) if policy else QuestConfig()
         cache = self._cache_of(config) if policy else self.dense
         if policy:
             self._rebuild_metadata(cache, config, blank=policy.recent_only)
-        attention = QuestAttention(
+        return QuestAttention(
             config, cache, self.model.config.num_attention_heads, backend="quest" if policy else "dense",
             max_batch_size=MOST_SEQUENCES, max_sequence_tokens=self.longest,
         )  # fmt: skip
-        predictions = []
-        for first in range(0, len(continuations), MOST_SEQUENCES):
-            predictions += self._decode(attention, continuations[first : first + MOST_SEQUENCES])
-        return predictions
 
-    def _decode(self, attention: QuestAttention, continuations: list[Continuation]) -> list[Prediction]:
+    def decode(self, attention: QuestAttention, runs, continuations: list[Continuation]) -> list[Prediction]:
+        """At most MOST_SEQUENCES continuations: `attention` plans the steps, `runs` attends in them."""
         rows, device = MAX_ROWS_PER_REQUEST, self.model.device
         width = -(-(max(len(c.tokens) for c in continuations) - 1) // rows) * rows
         padded = [c.tokens + c.tokens[-1:] * (width + 1 - len(c.tokens)) for c in continuations]
@@ -93,7 +100,7 @@ class Documents:
             attention.plan(forks, rows)
             if attention.step_kind != attention.backend:
                 raise RuntimeError(f"a step of {attention.backend} was {attention.step_kind}: its budget covers it all")
-            logits = self.model(given, attention.positions, attention)
+            logits = self.model(given, attention.positions, runs)
             loss[:, start : start + rows] = F.cross_entropy(logits, asked, reduction="none").view(-1, rows)
             hit[:, start : start + rows] = (logits.argmax(-1) == asked).view(-1, rows)
         for fork in forks:

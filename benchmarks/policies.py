@@ -12,7 +12,8 @@ BLOCK_SIZE = 16  # tokens of a block in every policy's cache, whatever its pages
 @dataclass(frozen=True)
 class Policy:
     """paper: no sink, one recent page, the first two layers dense; else one sink page and 64 recent tokens (32 where
-    the budget is below 512). recent_only: the sink and the most recent pages, chosen without metadata."""
+    the budget is below 512). recent_only: the sink and the most recent pages, chosen without metadata. oracle: pages
+    chosen by their true attention mass, which takes all keys: how well any choice of as many pages could do."""
 
     name: str
     bound: str = "minmax"
@@ -21,6 +22,7 @@ class Policy:
     eight_bit: bool = False
     paper: bool = False
     recent_only: bool = False
+    oracle: bool = False
 
     def config(self, budget: int) -> QuestConfig:
         settings = {
@@ -37,8 +39,10 @@ class Policy:
         return QuestConfig(sink_tokens=16, recent_tokens=recent, **settings)
 
     @property
-    def metadata_bytes(self) -> float:
-        """Of a token, in units of the paper's: pages of 16, 16 bits a number."""
+    def metadata_bytes(self) -> float | None:
+        """Of a token, in units of the paper's: pages of 16, 16 bits a number. None: the oracle's are all keys."""
+        if self.oracle:
+            return None
         return 0.0 if self.recent_only else 16 / self.page_size * (0.5 if self.eight_bit else 1.0)
 
 
@@ -49,6 +53,7 @@ POLICIES = (
     Policy("minmax"),
     Policy("cuboid", bound="cuboid"),
     Policy("mean_std 1", bound="mean_std"),
+    Policy("oracle", oracle=True),
     Policy("minmax, pages of 8, 8-bit", page_size=8, eight_bit=True),
     Policy("mean_std 1, pages of 8, 8-bit", bound="mean_std", page_size=8, eight_bit=True),
     Policy("mean_std 1.5, pages of 8, 8-bit", bound="mean_std", bound_scale=1.5, page_size=8, eight_bit=True),

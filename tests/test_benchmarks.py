@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import itertools
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from quest_ops.llama.weights import expected_shapes
 ROOT = Path(__file__).parent.parent
 MODULES = (
     "timing", "cases", "peers", "phases", "record", "figures", "kernels", "break_even", "decoders", "end_to_end",
-    "policies", "forced", "tasks", "accuracy",
+    "policies", "attend", "forced", "tasks", "accuracy",
 )  # fmt: skip
 ROW_KEYS = {"case", "path", "metadata", "page_size", "us", "flashinfer_us", "sdpa_us", "floor_us", "gbps", "ratio"}
 
@@ -346,8 +347,8 @@ def small_documents(bench):
     return bench.forced.Documents(model, prefixes, 20, lambda done, total: None), continuations
 
 
-def one_token_a_step(documents, config, blank, continuation):
-    """Losses and hits of a continuation, in a cache of its own."""
+def one_token_a_step(documents, config, blank, continuation, runs_of=lambda attention: attention):
+    """Losses and hits of a continuation, in a cache of its own. runs_of(attention): what attends in the steps."""
     model, prefix = documents.model, documents.prefixes[continuation.document]
     shape = model.config
     cache = PagedKVCache(
@@ -364,7 +365,7 @@ def one_token_a_step(documents, config, blank, continuation):
     logits = []
     for token in continuation.tokens[:-1]:
         attention.plan([seq], 1)
-        logits.append(model(torch.tensor([token]), attention.positions, attention)[0])
+        logits.append(model(torch.tensor([token]), attention.positions, runs_of(attention))[0])
     logits, asked = torch.stack(logits), torch.tensor(continuation.tokens[1:])
     return F.cross_entropy(logits, asked, reduction="none"), logits.argmax(-1) == asked
 
@@ -379,7 +380,8 @@ def test_teacher_forcing_is_decoding_one_token_a_step(bench):
         config = policy.config(96)
         predictions = documents.predict(policy, 96, continuations)
         for prediction, continuation, exact in zip(predictions, continuations, dense):
-            loss, hit = one_token_a_step(documents, config, policy.recent_only, continuation)
+            runs_of = [lambda attention: bench.attend.OracleAttention(attention, rows=1)] * policy.oracle
+            loss, hit = one_token_a_step(documents, config, policy.recent_only, continuation, *runs_of)
             torch.testing.assert_close(prediction.loss, loss, rtol=1e-4, atol=1e-4)
             assert torch.equal(prediction.hit, hit)
             if (prediction.loss - exact.loss).abs().max() > 1e-3:
@@ -389,6 +391,28 @@ def test_teacher_forcing_is_decoding_one_token_a_step(bench):
     for prediction, continuation in zip(dense, continuations):
         loss, _ = one_token_a_step(documents, every_token, False, continuation)
         torch.testing.assert_close(prediction.loss, loss, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_no_choice_of_as_many_pages_keeps_more_mass_than_the_oracle(bench):
+    documents, _ = small_documents(bench)
+    attention = documents.attention_of(next(p for p in bench.policies.POLICIES if p.oracle), 96)
+    attention.plan([attention.cache.fork(0)], 8)  # 14 pages: the first, the last two and three of the others
+    step = bench.attend.Step(attention)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 8, 4, 64, generator=generator).unbind()
+    step.append(1, key[:, :2], value[:, :2])
+
+    def mass(lse):  # that the two query heads of a KV head keep
+        return (lse - step.exact(1, 3 * query)[1]).exp().unflatten(1, (2, 2)).sum(2)
+
+    masses = torch.stack([
+        mass(step.listed(1, 3 * query, torch.tensor([0, *middle, 12, 13]).int().repeat(8, 2, 1))[1])
+        for middle in itertools.combinations(range(1, 12), 3)
+    ])  # fmt: skip
+    best = mass(step.oracle(1, 3 * query)[1])
+    torch.testing.assert_close(best, masses.amax(0), rtol=1e-5, atol=1e-5)
+    assert (best > masses.median(0).values * 1.2).all() and (best < 2).all()
 
 
 @torch.inference_mode()
@@ -405,7 +429,7 @@ def test_policies_fill_equal_budgets(bench):
             assert config.page_budget * config.page_size == budget
             if policy.recent_only:
                 assert config.sink_pages + config.recent_pages == config.page_budget - 1
-    assert {policy.metadata_bytes for policy in bench.policies.POLICIES} == {0, 1}
+    assert {policy.metadata_bytes for policy in bench.policies.POLICIES} == {0, 1, None}
     assert bench.policies.POLICIES[0].config(256) == QuestConfig.paper(token_budget=256)
 
 
@@ -416,7 +440,7 @@ def test_quick_accuracy_run_writes_rows_and_a_figure(smollm2, tmp_path):
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "a.json").read_text())
     assert {"gpu", "torch", "command", "csrc_tree", "model", "rows"} <= set(record)
-    assert len({row["policy"] for row in record["rows"]}) == len(record["rows"]) == 8
+    assert len({row["policy"] for row in record["rows"]}) == len(record["rows"]) == 9
     for row in record["rows"]:
         right, trials = map(sum, zip(*row["found_by_kind"].values()))
         assert trials == row["trials"] > 10 and right == round(row["found"] * trials)

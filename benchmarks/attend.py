@@ -1,0 +1,78 @@
+"""Ways to attend in a decode step, on the package's ops: to all tokens, as Quest chooses, as the true masses choose."""
+
+import torch
+from torch import Tensor
+
+import quest_ops
+from quest_ops import QuestAttention
+from quest_ops.attention import MAX_ROWS_PER_REQUEST
+
+
+class Step:
+    """The step that `attention` has planned, with `rows` rows a request.
+
+    `append` writes its keys and values in a layer; then the others give out [R, Hq, D] and lse [R, Hq] of its queries.
+    """
+
+    def __init__(self, attention: QuestAttention, rows: int = MAX_ROWS_PER_REQUEST):
+        self.attention, self.config, self.cache, self.rows = attention, attention.config, attention.cache, rows
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> None:
+        quest_ops.append_paged_kv(
+            key, value, *self._pool(layer), self.cache.page_metadata(layer), self.attention.slot_mapping,
+            bound=self.config.bound, bound_scale=self.config.bound_scale,
+        )  # fmt: skip
+
+    def exact(self, layer: int, query: Tensor) -> tuple[Tensor, Tensor]:
+        return self.listed(layer, query, None)
+
+    def quest(self, layer: int, query: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.config
+        if layer in config.dense_layers:
+            return self.exact(layer, query)
+        return quest_ops.quest_decode_attention(
+            query, *self._pool(layer), self.cache.page_metadata(layer), self._table, self.attention.seq_lens,
+            config.page_budget, config.sink_pages, config.recent_pages, config.head_reduction,
+            sm_scale=self.attention.sm_scale,
+        )  # fmt: skip
+
+    def oracle(self, layer: int, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the choices of pages that a KV head may make (sink, recent and budget as configured), the one that keeps
+        most of the true mass of its query heads."""
+        config = self.config
+        chosen = quest_ops.select_topk_pages(
+            self._page_masses(layer, query), self.attention.seq_lens, config.page_size, config.page_budget,
+            config.sink_pages, config.recent_pages,
+        )  # fmt: skip
+        return self.listed(layer, query, *chosen)
+
+    def listed(self, layer: int, query: Tensor, page_ids: Tensor | None, page_counts: Tensor | None = None):
+        """To the tokens of some pages, as `sparse_decode_attention` takes them."""
+        return quest_ops.sparse_decode_attention(
+            query, *self._pool(layer), self._table, self.attention.seq_lens, page_ids, page_counts,
+            page_size=self.config.page_size, sm_scale=self.attention.sm_scale,
+        )  # fmt: skip
+
+    def _page_masses(self, layer: int, query: Tensor) -> Tensor:
+        """[R, Hkv, P] float32: each page's share of the exact attention, summed over the query heads of a KV head."""
+        query = query.unflatten(1, (self.cache.num_kv_heads, -1)).unflatten(0, (-1, self.rows))  # [B, T, Hkv, G, D]
+        keys = self.cache.k_cache(layer)[self._table].flatten(1, 2)  # [B, L, Hkv, D]
+        logits = torch.einsum("bthgd,blhd->bthgl", query.float() * self.attention.sm_scale, keys.float()).flatten(0, 1)
+        seen = torch.arange(logits.size(-1), device=logits.device) < self.attention.seq_lens[:, None]  # [R, L]
+        shares = logits.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
+        return shares.sum(2).unflatten(-1, (-1, self.config.page_size)).sum(-1).contiguous()
+
+    def _pool(self, layer: int) -> tuple[Tensor, Tensor]:
+        return self.cache.k_cache(layer), self.cache.v_cache(layer)
+
+    @property
+    def _table(self) -> Tensor:
+        return self.attention.block_table[: len(self.attention.seq_lens) // self.rows]
+
+
+class OracleAttention(Step):
+    """For a decoder: the choice of whoever has read all keys."""
+
+    def run(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        self.append(layer, key, value)
+        return self.oracle(layer, query)[0]
