@@ -13,6 +13,9 @@ question as well as the answer, and keys and values that it appends are its own.
 - passkey: a number hidden at 10 depths of filler and of real texts.
 - needles: 8 numbers under names in one text, and numbers in long lists of numbers.
   Both: the share found, by greedy decoding, of those that dense attention finds.
+- fidelity: decode steps of exact attention on real text, and what each policy makes of their queries and keys: the
+  relative error of its output, with its standard error over the windows, and the share of the true attention mass that
+  it keeps. fidelity.py defines them; by layer and head they are in the JSON.
 """
 
 import argparse
@@ -20,6 +23,7 @@ import math
 import os
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 # Beside other work on the machine, threads that spin make a prefill on the CPU 10 times slower.
@@ -27,14 +31,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import record
 import torch
-from forced import Continuation, Documents
+from fidelity import Probe, summary
+from forced import MOST_SEQUENCES, Continuation, Documents
 from policies import POLICIES
-from tasks import FILLER, Asker, pieces, texts_of
+from tasks import FILLER, KINDS, Asker, pieces, texts_of
 
 from quest_ops.llama.model import Llama
 from quest_ops.llama.tokenizer import Tokenizer
 
 SEED = 1
+Texts = dict[str, list[int]]  # tokens of each kind of text
 HEADER = f"{'policy':34}{'metadata':>9}{'context':>9}{'budget':>8}"
 
 
@@ -58,23 +64,26 @@ def settings_of(policy, budget: int, context: int) -> dict:
     return {"policy": policy.name, "metadata": policy.metadata_bytes, "context": context, "budget": budget}
 
 
-def perplexity(args, model: Llama, tokenizer: Tokenizer) -> list[dict]:
-    start = tokenizer.encode("")
+def continued(args, model: Llama, start: list[int], texts: Texts, context: int):
+    """Prefilled documents, their continuations, and the kind of text of each."""
+    cut = context - len(start)
+    windows = pieces(texts, cut + args.tokens + 1, args.pieces)
+    documents = prefilled(model, [start + tokens[:cut] for _, tokens in windows], args.tokens + 1)
+    continuations = [Continuation(i, tokens[cut:]) for i, (_, tokens) in enumerate(windows)]
+    return documents, continuations, [kind for kind, _ in windows]
+
+
+def perplexity(args, model: Llama, tokenizer: Tokenizer, texts: Texts) -> list[dict]:
     rows = []
     for context in args.context:
-        size = context - len(start) + args.tokens + 1
-        windows = pieces(texts_of(tokenizer, args.text), size, args.pieces)
-        cut = context - len(start)
-        documents = prefilled(model, [start + tokens[:cut] for _, tokens in windows], args.tokens + 1)
-        continuations = [Continuation(i, tokens[cut:]) for i, (_, tokens) in enumerate(windows)]
+        documents, continuations, kinds = continued(args, model, tokenizer.encode(""), texts, context)
 
         def losses(policy=None, budget=0, documents=documents, continuations=continuations) -> torch.Tensor:
             return torch.stack([p.loss.double().mean() for p in documents.predict(policy, budget, continuations)])
 
-        kinds = [kind for kind, _ in windows]
         dense = losses()
-        print(f"dense: {dense.mean():.4f} nats a token, {len(windows)} windows of {args.tokens} tokens after {context}")
-        print(f"{HEADER}{'added loss':>12}{'+-':>8}")
+        print(f"dense: {dense.mean():.4f} nats a token, {len(kinds)} windows of {args.tokens} tokens after {context}")
+        print(f"{HEADER}{'added loss':>12}{'+-':>8}{columns(dict.fromkeys(kinds))}")
         for policy in POLICIES:
             for budget in args.budget:
                 added = losses(policy, budget) - dense
@@ -87,27 +96,49 @@ def perplexity(args, model: Llama, tokenizer: Tokenizer) -> list[dict]:
                     "added_by_kind": {k: added[[x == k for x in kinds]].mean().item() for k in dict.fromkeys(kinds)},
                 }
                 rows.append(row)
-                show(row, f"{row['added_loss']:12.4f}{row['standard_error']:8.4f}")
+                by_kind = {kind: f"{loss:.4f}" for kind, loss in row["added_by_kind"].items()}
+                show(row, f"{row['added_loss']:12.4f}{row['standard_error']:8.4f}{columns(by_kind)}")
     return rows
 
 
-def passkey(args, model: Llama, tokenizer: Tokenizer) -> list[dict]:
+def fidelity(args, model: Llama, tokenizer: Tokenizer, texts: Texts) -> list[dict]:
+    rows = []
+    for context in args.context:
+        documents, continuations, kinds = continued(args, model, tokenizer.encode(""), texts, context)
+        print(f"{len(kinds)} windows of {args.tokens} tokens after {context}; by kind of text: error")
+        print(f"{HEADER}{'error':>12}{'+-':>8}{'mass':>8}{columns(dict.fromkeys(kinds))}")
+        for policy in POLICIES:
+            for budget in args.budget:
+                attention, sums = documents.attention_of(policy, budget), []
+                for first in range(0, len(continuations), MOST_SEQUENCES):
+                    some = continuations[first : first + MOST_SEQUENCES]
+                    probe = Probe(attention, policy.oracle, len(some))
+                    documents.decode(attention, probe, some)
+                    sums.append(probe.sums)
+                row = settings_of(policy, budget, context) | summary(torch.cat(sums, 1), args.tokens, kinds)
+                rows.append(row)
+                by_kind = {kind: f"{error:.3f}" for kind, error in row["error_by_kind"].items()}
+                show(row, f"{row['error']:12.3f}{row['standard_error']:8.3f}{row['mass']:8.3f}{columns(by_kind)}")
+    return rows
+
+
+def passkey(args, model: Llama, tokenizer: Tokenizer, texts: Texts) -> list[dict]:
     rows = []
     for context in args.context:
         asker = Asker(tokenizer, context, SEED)
         for _ in range(args.pieces):
             asker.passkeys([("filler", filler(tokenizer, context))], args.depths)
-        asker.passkeys(pieces(texts_of(tokenizer, args.text), context, args.pieces), args.depths)
+        asker.passkeys(pieces(texts, context, args.pieces), args.depths)
         rows += found(args, model, asker)
     return rows
 
 
-def needles(args, model: Llama, tokenizer: Tokenizer) -> list[dict]:
+def needles(args, model: Llama, tokenizer: Tokenizer, texts: Texts) -> list[dict]:
     rows = []
     for context in args.context:
         asker = Asker(tokenizer, context, SEED)
         bodies = [("filler", filler(tokenizer, context))] * args.pieces
-        asker.needles(bodies + pieces(texts_of(tokenizer, args.text), context, args.pieces), args.depths)
+        asker.needles(bodies + pieces(texts, context, args.pieces), args.depths)
         asker.lookups(args.pieces, args.depths)
         rows += found(args, model, asker)
     return rows
@@ -134,8 +165,8 @@ def found(args, model: Llama, asker: Asker) -> list[dict]:
     if trials == 0:
         note("dense attention answers nothing here, so there is nothing to compare")
         return []
-    print(f"{HEADER}{'found':>10}{'of':>5}")
     kinds = [question.kind for question in asker.questions]
+    print(f"{HEADER}{'found':>10}{'of':>5}{columns(dict.fromkeys(kinds))}")
     for policy in POLICIES:
         for budget in args.budget:
             kept = right(policy, budget)[dense].double()
@@ -152,8 +183,14 @@ def found(args, model: Llama, asker: Asker) -> list[dict]:
                 "found_by_kind": by_kind,
             }
             rows.append(row)
-            show(row, f"{row['found']:10.0%}{trials:5}")
+            shares = {kind: f"{of_kind[0]}/{of_kind[1]}" for kind, of_kind in by_kind.items()}
+            show(row, f"{row['found']:10.0%}{trials:5}{columns(shares)}")
     return rows
+
+
+def columns(by_kind: dict) -> str:
+    """A column for each kind of text, headed by its name; without values, the heads."""
+    return "".join(f"{kind if value is None else value:>{max(len(kind), 8) + 2}}" for kind, value in by_kind.items())
 
 
 def show(row: dict, result: str) -> None:
@@ -162,11 +199,14 @@ def show(row: dict, result: str) -> None:
     print(settings + result, flush=True)
 
 
-TABLES = {"perplexity": perplexity, "passkey": passkey, "needles": needles}
-# (full, quick). pieces: of each kind of text. depths: pass keys or facts in a text.
+TABLES = {"perplexity": perplexity, "passkey": passkey, "needles": needles, "fidelity": fidelity}
+# (full, quick). pieces: of each kind of text. depths: pass keys or facts in a text. tokens: that follow a document.
 DEFAULTS = {
     "perplexity": {
-        "context": ((6656,), (3072,)), "budget": ((256, 512, 1024), (256, 512)), "pieces": (5, 2), "depths": (0, 0),
+        "context": ((6656,), (3072,)), "budget": ((256, 512, 1024), (256, 512)), "pieces": (5, 2), "tokens": (512, 128),
+    },
+    "fidelity": {
+        "context": ((6656,), (3072,)), "budget": ((256, 512, 1024), (256, 512)), "pieces": (5, 2), "tokens": (128, 64),
     },
     "passkey": {
         "context": ((2048, 4096, 7680), (2048,)), "budget": ((128, 256, 512, 1024), (128, 256)), "pieces": (2, 1),
@@ -176,7 +216,6 @@ DEFAULTS = {
         "context": ((6656,), (2048,)), "budget": ((256, 512, 1024), (256, 512)), "pieces": (8, 1), "depths": (8, 8),
     },
 }  # fmt: skip
-TOKENS = (512, 128)
 
 
 def positive(text: str) -> int:
@@ -191,7 +230,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--quick", action="store_true", help="a small table on the CPU, within 3 minutes")
     parser.add_argument("--model", default="smollm2", help="a Hugging Face folder or hub id, or a .gguf file")
-    parser.add_argument("--text", nargs="+", type=Path, default=[], metavar="FILE", help="further kinds of text")
+    parser.add_argument(
+        "--text", nargs="+", type=Path, default=[], metavar="FILE", help="further kinds of text, UTF-8: a novel, say"
+    )
     parser.add_argument("--context", nargs="+", type=positive, metavar="TOKENS", help="of a document")
     parser.add_argument("--budget", nargs="+", type=positive, metavar="TOKENS")
     parser.add_argument("--pieces", type=positive, metavar="N", help="documents of each kind of text")
@@ -204,7 +245,6 @@ def parse() -> argparse.Namespace:
     for name, choices in DEFAULTS[args.table].items():
         if getattr(args, name, None) is None:
             setattr(args, name, choices[args.quick])
-    args.tokens = TOKENS[args.quick]
     if max(args.budget) >= min(args.context):
         parser.error(f"--budget {max(args.budget)} covers a --context of {min(args.context)}")
     try:
@@ -215,6 +255,9 @@ def parse() -> argparse.Namespace:
         parser.error(str(error))
     if missing := [str(file) for file in args.text if not file.is_file()]:
         parser.error(f"--text: no such file: {', '.join(missing)}")
+    names = Counter([*KINDS, *(file.stem for file in args.text)])
+    if twice := [name for name, count in names.items() if count > 1]:
+        parser.error(f"--text: a kind of text is called as its file, and there would be two of {', '.join(twice)}")
     return args
 
 
@@ -223,16 +266,19 @@ def main() -> None:
     args = parse()
     model, tokenizer = Llama.load(args.model, device=args.device)
     longest = model.config.max_position_embeddings
-    tail = args.tokens if args.table == "perplexity" else 64
+    tail = getattr(args, "tokens", 64)  # of a question and its answer: fewer
     if max(args.context) + tail > longest:
         raise SystemExit(
             f"--context {max(args.context)} and what follows are more than the model's {longest} positions"
         )
     try:
-        rows = TABLES[args.table](args, model, tokenizer)
+        texts = texts_of(tokenizer, args.text)
+        print(f"texts: {', '.join(f'{kind} ({len(tokens)} tokens)' for kind, tokens in texts.items())}")
+        rows = TABLES[args.table](args, model, tokenizer, texts)
     except ValueError as error:
         raise SystemExit(str(error)) from error
     contents = {"what": f"accuracy: {args.table}", "model": Path(args.model).name, "dtype": str(model.dtype)}
+    contents["texts"] = {kind: len(tokens) for kind, tokens in texts.items()}
     record.finish(args, args.device, contents | {"rows": rows})
 
 

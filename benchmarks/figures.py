@@ -46,6 +46,7 @@ def draw(record: dict, path: Path) -> None:
     kind = (
         _break_even if "speedup" in first else
         _end_to_end if "attention" in first else
+        _fidelity if "error_by_layer" in first else
         _accuracy if "policy" in first else
         _kernels
     )  # fmt: skip
@@ -56,13 +57,15 @@ def draw(record: dict, path: Path) -> None:
     for axis, (title, label, lines) in zip(axes[0], panels):
         for name, points, style in lines:
             axis.plot(*zip(*sorted(points)), label=name, markersize=4, **style)
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("linear" if kind in (_end_to_end, _accuracy) else "log")
-        places = sorted({x for _, points, _ in lines for x, _ in points})
-        ticks = [tick for tick in TICKS if places[0] <= tick <= places[-1]]
-        axis.set_xticks(ticks, [f"{tick // 1024}K" if tick >= 1024 else str(tick) for tick in ticks])
-        axis.set_xticks([], minor=True)
-        axis.set(title=title, xlabel="budget, tokens" if kind is _accuracy else "context, tokens", ylabel=label)
+        axis.set_yscale("log" if kind in (_kernels, _break_even) else "linear")
+        if kind is not _fidelity:
+            axis.set_xscale("log", base=2)
+            places = sorted({x for _, points, _ in lines for x, _ in points})
+            ticks = [tick for tick in TICKS if places[0] <= tick <= places[-1]]
+            axis.set_xticks(ticks, [f"{tick // 1024}K" if tick >= 1024 else str(tick) for tick in ticks])
+            axis.set_xticks([], minor=True)
+        xlabel = {_accuracy: "budget, tokens", _fidelity: "layer"}.get(kind, "context, tokens")
+        axis.set(title=title, xlabel=xlabel, ylabel=label)
         axis.yaxis.set_major_formatter("{x:g}")
         if kind is _end_to_end:
             axis.set_ylim(0, None)
@@ -152,6 +155,16 @@ def _accuracy(rows: list[dict]) -> list[tuple]:
         (f"after {context} tokens", label, [(name, points, {"marker": "o"}) for name, points in policies.items()])
         for context, policies in panels.items()
     ]
+
+
+def _fidelity(rows: list[dict]) -> list[tuple]:
+    """Error and kept mass by layer, a panel of each for each context and budget."""
+    panels = defaultdict(list)
+    for row in rows:
+        for value, label in (("error_by_layer", "relative error of the output"), ("mass_by_layer", "true mass kept")):
+            title = f"budget {row['budget']} after {row['context']} tokens"
+            panels[title, label].append((row["policy"], list(enumerate(row[value])), {"marker": "o"}))
+    return [(title, label, lines) for (title, label), lines in panels.items()]
 
 
 def main() -> None:

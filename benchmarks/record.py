@@ -1,6 +1,7 @@
 """What a file of results says beside its rows: which GPU, torch and command, and which sources of the kernels."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +47,9 @@ def environment(device: str, csrc_tree_given: str | None) -> dict:
 
 def save(path: Path, record: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    text = json.dumps(record, indent=1)
+    text = re.sub(r'\[[^][{}"]*\]', lambda numbers: " ".join(numbers[0].split()), text)  # a list of numbers: a line
+    path.write_text(text + "\n")
 
 
 def finish(args, device: str, results: dict) -> None:

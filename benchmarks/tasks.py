@@ -14,6 +14,7 @@ from quest_ops.llama.tokenizer import Tokenizer
 CODE = ("argparse", "inspect", "tarfile", "typing", "doctest", "difflib", "ipaddress", "pickletools")
 # Of Mohtashami and Jaggi, Landmark Attention, 2023.
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
+KINDS = "documentation", "code", "filler", "list"
 NAMES = (
     "Amsterdam", "Berlin", "Cairo", "Denver", "Edinburgh", "Florence", "Geneva", "Havana", "Istanbul", "Jakarta",
     "Kyoto", "Lisbon", "Madrid", "Nairobi", "Oslo", "Prague", "Quebec", "Rome", "Sydney", "Tokyo",
@@ -31,10 +32,17 @@ class Question:
 
 
 def texts_of(tokenizer: Tokenizer, files: list[Path]) -> dict[str, list[int]]:
-    """Tokens of each kind of text: CPython's documentation and code, and the user's files."""
+    """Tokens of each kind of text: CPython's documentation and code, and the user's files, each called by its stem.
+
+    Raises ValueError where one is not UTF-8.
+    """
     texts = {"documentation": default_text()}
     texts["code"] = "\n".join(Path(importlib.util.find_spec(name).origin).read_text() for name in CODE)
-    texts |= {file.stem: file.read_text() for file in files}
+    for file in files:
+        try:
+            texts[file.stem] = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--text: {file} is not UTF-8: {error}") from error
     return {kind: tokenizer.encode(text, add_special=False) for kind, text in texts.items()}
 
 

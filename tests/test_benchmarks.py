@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from models import fetch_smollm2_or_skip, random_llama
 
+import quest_ops
 from quest_ops import PagedKVCache, QuestAttention, QuestConfig
 from quest_ops.llama.weights import expected_shapes
 
 ROOT = Path(__file__).parent.parent
 MODULES = (
     "timing", "cases", "peers", "phases", "record", "figures", "kernels", "break_even", "decoders", "end_to_end",
-    "policies", "attend", "forced", "tasks", "accuracy",
+    "policies", "attend", "fidelity", "forced", "tasks", "accuracy",
 )  # fmt: skip
 ROW_KEYS = {"case", "path", "metadata", "page_size", "us", "flashinfer_us", "sdpa_us", "floor_us", "gbps", "ratio"}
 
@@ -415,6 +416,61 @@ def test_no_choice_of_as_many_pages_keeps_more_mass_than_the_oracle(bench):
     assert (best > masses.median(0).values * 1.2).all() and (best < 2).all()
 
 
+def attend_in_words(query, keys, values, length, page_ids):
+    """Output of the tokens of some pages, and their share of the attention to all `length`, for one query head."""
+    logits = keys[:length] @ query / 8
+    chosen = torch.isin(torch.arange(length) // 16, page_ids)
+    return logits[chosen].softmax(0) @ values[:length][chosen], logits.softmax(0)[chosen].sum()
+
+
+@torch.inference_mode()
+def test_fidelity_is_the_error_and_the_mass_of_the_chosen_pages(bench):
+    documents, _ = small_documents(bench)
+    policies = {policy.name: policy for policy in bench.policies.POLICIES}
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 16, 4, 64, generator=generator).unbind()  # of two sequences, 8 rows each
+    for name in ("minmax", "paper"):
+        attention = documents.attention_of(policies[name], 96)
+        cache, config = attention.cache, attention.config
+        seqs = [cache.fork(0), cache.fork(2)]
+        attention.plan(seqs, 8)
+        probe = bench.fidelity.Probe(attention, oracle=False, windows=2)
+        outs = [probe.run(layer, query, key[:, :2], value[:, :2]) for layer in range(3)]
+        scores = quest_ops.estimate_page_scores(
+            query, cache.page_metadata(2), attention.block_table[:2], attention.seq_lens, 16, "max"
+        )
+        page_ids, _ = quest_ops.select_topk_pages(
+            scores, attention.seq_lens, 16, 6, config.sink_pages, config.recent_pages
+        )
+        expected = torch.zeros(3, 2, 4, dtype=torch.float64)
+        for row, head in itertools.product(range(16), range(4)):
+            length, blocks = int(attention.seq_lens[row]), cache.block_ids(seqs[row // 8])
+            keys, values = (pool[blocks, :, head // 2].flatten(0, 1) for pool in (cache.k_cache(2), cache.v_cache(2)))
+            exact, all_of_it = attend_in_words(query[row, head], keys, values, length, torch.arange(20))
+            out, mass = attend_in_words(query[row, head], keys, values, length, page_ids[row, head // 2])
+            assert all_of_it == pytest.approx(1) and torch.allclose(outs[2][row, head], exact, atol=1e-5)
+            terms = (out - exact).square().sum(), exact.square().sum(), mass
+            expected[:, row // 8, head] += torch.stack(terms)
+        torch.testing.assert_close(probe.sums[:, :, 2], expected, rtol=1e-4, atol=1e-5)
+        dense_layers = probe.sums[:, :, :2]
+        assert (dense_layers[0].max() == 0) == (name == "paper") and (dense_layers[2].min() == 8) == (name == "paper")
+        found = bench.fidelity.summary(probe.sums, 8, ["a", "b"])
+        error = (expected[0].sum(0) / expected[1].sum(0)).sqrt()
+        assert found["error_by_head"][2] == pytest.approx(error.tolist(), abs=2e-4)
+        assert found["mass_by_layer"][2] == pytest.approx(expected[2].mean().item() / 8, abs=2e-4)
+        assert found["error"] == pytest.approx(sum(found["error_by_kind"].values()) / 2)
+
+
+@torch.inference_mode()
+def test_all_policies_of_fidelity_meet_the_queries_of_exact_attention(bench):
+    documents, continuations = small_documents(bench)
+    attention = documents.attention_of(bench.policies.POLICIES[0], 96)
+    probe = bench.fidelity.Probe(attention, oracle=False, windows=len(continuations))
+    dense = documents.predict(None, 0, continuations)
+    for prediction, exact in zip(documents.decode(attention, probe, continuations), dense):
+        torch.testing.assert_close(prediction.loss, exact.loss, rtol=1e-5, atol=1e-5)
+
+
 @torch.inference_mode()
 def test_a_budget_that_covers_the_documents_is_no_measurement(bench):
     documents, continuations = small_documents(bench)
@@ -439,7 +495,7 @@ def test_quick_accuracy_run_writes_rows_and_a_figure(smollm2, tmp_path):
     done = run_script("accuracy.py", "passkey", "--quick", "--context", "400", "--budget", "128", *files)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "a.json").read_text())
-    assert {"gpu", "torch", "command", "csrc_tree", "model", "rows"} <= set(record)
+    assert {"gpu", "torch", "command", "csrc_tree", "model", "texts", "rows"} <= set(record)
     assert len({row["policy"] for row in record["rows"]}) == len(record["rows"]) == 9
     for row in record["rows"]:
         right, trials = map(sum, zip(*row["found_by_kind"].values()))
@@ -447,6 +503,39 @@ def test_quick_accuracy_run_writes_rows_and_a_figure(smollm2, tmp_path):
     found = {row["policy"]: row["found"] for row in record["rows"]}
     assert found["mean_std 1, pages of 8, 8-bit"] > found["sink + recent"]
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_quick_fidelity_run_names_the_texts_and_draws_the_layers(smollm2, tmp_path):
+    pytest.importorskip("matplotlib")
+    novel, json_file, figure = tmp_path / "novel.txt", tmp_path / "f.json", tmp_path / "f.png"
+    novel.write_text("".join(f"Chapter {i}. It was the best of times.\n" for i in range(100)), encoding="utf-8")
+    sizes = "--context", "300", "--budget", "128", "--pieces", "1"
+    done = run_script(
+        "accuracy.py", "fidelity", "--quick", *sizes, "--text", novel, "--json", json_file, "--figure", figure
+    )
+    assert done.returncode == 0, done.stderr
+    kinds = ["documentation", "code", "novel"]
+    lines = done.stdout.splitlines()
+    assert "novel (" in lines[0] and lines[2].split()[-3:] == kinds and len(lines) == 3 + 9
+    record = json.loads(json_file.read_text())
+    rows = {row["policy"]: row for row in record["rows"]}
+    assert list(record["texts"]) == kinds and len(rows) == 9
+    for row in rows.values():
+        assert list(row["error_by_kind"]) == kinds and row["windows"] == 3 and 0 < row["mass"] < 1
+        assert [len(heads) for heads in row["error_by_head"]] == [9] * 30 and len(row["mass_by_layer"]) == 30
+    for name in ("sink + recent", "minmax", "cuboid", "mean_std 1"):
+        assert rows["oracle"]["mass"] > rows[name]["mass"] and rows["oracle"]["error"] < rows[name]["error"]
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_texts_are_utf_8_and_have_names_of_their_own(bench, tmp_path):
+    novel, code = tmp_path / "novel.txt", tmp_path / "code.txt"
+    novel.write_bytes("Caf\u00e9".encode("latin-1"))
+    code.write_text("x")
+    with pytest.raises(ValueError, match="--text: .*novel.txt is not UTF-8"):
+        bench.tasks.texts_of(Bytes(), [novel])
+    done = run_script("accuracy.py", "perplexity", "--quick", "--text", novel, code)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith("there would be two of code")
 
 
 @pytest.mark.parametrize(
