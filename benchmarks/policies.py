@@ -28,6 +28,7 @@ class Policy:
         settings = {
             "page_size": self.page_size,
             "token_budget": budget,
+            "dense_below": budget,  # also where dense attention is faster: what is compared is the choice
             "bound": self.bound,
             "bound_scale": self.bound_scale,
             "metadata_dtype": torch.float8_e4m3fn if self.eight_bit else None,

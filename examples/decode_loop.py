@@ -7,7 +7,7 @@ import torch
 from quest_ops import PagedKVCache, QuestAttention, QuestConfig
 
 layers, query_heads, kv_heads, head_dim, prompt, steps = 4, 9, 3, 64, 4096, 16
-config = QuestConfig(token_budget=256)
+config = QuestConfig(token_budget=256, dense_below=256)  # by default also dense wherever that is faster
 cache = PagedKVCache(layers, kv_heads, head_dim, num_blocks=260, device="cuda" if torch.cuda.is_available() else "cpu")
 sizes = {"max_batch_size": 1, "max_sequence_tokens": prompt + steps}
 attentions = {name: QuestAttention(config, cache, query_heads, backend=name, **sizes) for name in ("dense", "quest")}

@@ -9,6 +9,7 @@ from quest_ops import ops
 from quest_ops.cache import PagedKVCache
 from quest_ops.config import QuestConfig, check_int
 from quest_ops.dense import causal_attention, gather_kv
+from quest_ops.planner import plan_dense_length
 
 BACKENDS = ("quest", "dense", "sdpa", "flashinfer")
 MAX_ROWS_PER_REQUEST = 8  # of the decode ops, as is
@@ -20,7 +21,8 @@ class QuestAttention:
 
     config, cache: their page_size must agree. num_query_heads: a multiple of the cache's num_kv_heads.
     backend: how decode steps attend.
-        "quest": Quest, but for `config.dense_layers` and steps of sequences of at most `config.dense_length` tokens.
+        "quest": Quest, but for `config.dense_layers` and rows of at most `dense_length` tokens (`config.dense_below`),
+            which attend to all of theirs whatever the other rows of the step do.
         "dense": to the whole cache, with this library's paged kernel.
         "sdpa": to the whole cache, with torch's scaled_dot_product_attention on a gathered copy of each sequence's K
             and V: the answer to compare with. The copy is part of its time, and it cannot be captured in a CUDA graph.
@@ -30,10 +32,10 @@ class QuestAttention:
 
     A step is one `plan` and then `run` for each layer, on one stream. `plan` works on the host and makes one small
     asynchronous copy, two when a sequence got another block. In a decode step `block_table` [max_batch_size,
-    max_blocks] int32, `seq_lens` [N] int32, `slot_mapping` [N] int64 and, for the caller's RoPE, `positions` [N] int64
-    stay at their addresses and are all that `run` reads of the step: a CUDA graph of it may be replayed after every
-    `plan` of as many sequences and tokens and of the same `step_kind` ("quest" or "dense"). A prefill step ("prefill")
-    has tensors of its own.
+    max_blocks] int32, `seq_lens` and `page_budgets` [N] int32, `slot_mapping` [N] int64 and, for the caller's RoPE,
+    `positions` [N] int64 stay at their addresses and are all that `run` reads of the step: a CUDA graph of it may be
+    replayed after every `plan` of as many sequences and tokens and of the same `step_kind`: "dense" where no row has
+    more than `dense_length` tokens, else "quest". A prefill step ("prefill") has tensors of its own.
     """
 
     def __init__(
@@ -82,6 +84,13 @@ class QuestAttention:
         self.max_batch_size = max_batch_size
         self.max_sequence_tokens = max_sequence_tokens
         self.sm_scale = cache.head_dim**-0.5 if sm_scale is None else float(sm_scale)
+        self.dense_length = config.dense_below
+        if self.dense_length is None:
+            self.dense_length = _planned_dense_length(config, cache, max_batch_size)
+        # Pages of the longest row that is attended in full, and of the budget if those are more.
+        table_pages = max_blocks * (cache.block_size // cache.page_size)
+        covering = min(-(-self.dense_length // cache.page_size), table_pages)
+        self._most_pages = max(config.page_budget, covering)
         self._dense_layers = frozenset(config.dense_layers)
         self._workspace = None  # where the blocks of a one-launch step meet; steps run on one stream, so one serves all
         if backend in ("quest", "dense") and cache.device.type == "cuda":
@@ -96,11 +105,11 @@ class QuestAttention:
         on_cpu = cache.device.type == "cpu"
         self._host_table = self.block_table if on_cpu else torch.zeros_like(self.block_table, device="cpu")
         self._table_rows: list[tuple[int, int] | None] = [None] * max_batch_size  # (sequence, epoch) that a row shows
-        # slot_mapping, positions and seq_lens of a decode step lie in one buffer, so that one copy fills them.
+        # What describes the rows of a decode step lies in one buffer, so that one copy fills it.
         self._max_rows = max_batch_size * MAX_ROWS_PER_REQUEST
-        self._step_buffer = torch.zeros(self._max_rows * 5 // 2, dtype=torch.int64, device=cache.device)
+        self._step_buffer = torch.zeros(self._max_rows * 3, dtype=torch.int64, device=cache.device)
         self.step_kind: str | None = None
-        self.slot_mapping, self.positions, self.seq_lens = self._slices(self._step_buffer, 0)
+        self.slot_mapping, self.positions, self.seq_lens, self.page_budgets = self._slices(self._step_buffer, 0)
 
     def plan(self, seqs: list[int | None], new_tokens: int | list[int], *, prefill: bool = False) -> None:
         """Reserves the tokens of a step in the cache and describes the step to the device.
@@ -125,7 +134,7 @@ class QuestAttention:
         self._update_block_table(seqs, live)
         if decode:
             self._plan_decode(seqs, rows_per_request)
-            sparse = self.backend == "quest" and max(lengths) > self.config.dense_length
+            sparse = self.backend == "quest" and max(lengths) > self.dense_length
             self.step_kind = "quest" if sparse else "dense"
         else:
             self._plan_prefill(seqs, live, counts)
@@ -193,11 +202,12 @@ class QuestAttention:
             metadata,
             self._request_table,
             self.seq_lens,
-            config.page_budget,
+            self._most_pages,
             config.sink_pages,
             config.recent_pages,
             config.head_reduction,
             sm_scale=self.sm_scale,
+            page_budgets=self.page_budgets if self._most_pages > config.page_budget else None,
             workspace=self._workspace,
         )
         return out
@@ -243,10 +253,11 @@ class QuestAttention:
                 f"got strides {list(query.stride())} at offset {query.storage_offset()}"
             )
 
-    def _slices(self, buffer: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        """slot_mapping, positions [rows] int64 and seq_lens [rows] int32 within a step buffer."""
+    def _slices(self, buffer: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """slot_mapping, positions [rows] int64, seq_lens and page_budgets [rows] int32 within a step buffer."""
         n = self._max_rows
-        return buffer[:rows], buffer[n : n + rows], buffer[2 * n :].view(torch.int32)[:rows]
+        seq_lens, page_budgets = buffer[2 * n :].view(torch.int32).view(2, n)[:, :rows]
+        return buffer[:rows], buffer[n : n + rows], seq_lens, page_budgets
 
     def _plan_decode(self, seqs: list[int | None], rows_per_request: int) -> None:
         block_size = self.cache.block_size
@@ -262,14 +273,17 @@ class QuestAttention:
                 slots.append(sequence.blocks[position // block_size] * block_size + position % block_size)
                 positions.append(position)
                 lengths.append(position + 1)
+        budgets = [self._most_pages if n <= self.dense_length else self.config.page_budget for n in lengths]
         # Fresh pinned memory for every copy: torch's host allocator reuses it only when the copy is done.
         on_cpu = self.cache.device.type == "cpu"
         host = self._step_buffer if on_cpu else torch.empty_like(self._step_buffer, device="cpu", pin_memory=True)
-        for to, numbers in zip(self._slices(host, len(slots)), (slots, positions, lengths), strict=True):
+        for to, numbers in zip(self._slices(host, len(slots)), (slots, positions, lengths, budgets), strict=True):
             to.copy_(torch.tensor(numbers, dtype=to.dtype))
         if not on_cpu:
             self._step_buffer.copy_(host, non_blocking=True)
-        self.slot_mapping, self.positions, self.seq_lens = self._slices(self._step_buffer, len(slots))
+        self.slot_mapping, self.positions, self.seq_lens, self.page_budgets = self._slices(
+            self._step_buffer, len(slots)
+        )
 
     def _plan_prefill(self, seqs: list[int | None], live: list[int], counts: list[int]) -> None:
         slots, positions = [], []
@@ -319,3 +333,19 @@ class QuestAttention:
             keys, values = gather_kv(self.cache.pool[layer], blocks, length)
             out[rows] = causal_attention(query[rows], keys, values, self.sm_scale)
         return out
+
+
+def _planned_dense_length(config: QuestConfig, cache: PagedKVCache, max_batch_size: int) -> int:
+    """`plan_dense_length` on GPUs of the kind it was measured on; elsewhere what fills the budget's pages."""
+    if cache.device.type != "cuda" or torch.cuda.get_device_capability(cache.device) < (9, 0):
+        return config.page_budget * config.page_size
+    return plan_dense_length(
+        rows=max_batch_size,
+        kv_heads=cache.num_kv_heads,
+        head_dim=cache.head_dim,
+        element_size=cache.dtype.itemsize,
+        metadata_size=cache.metadata_dtype.itemsize,
+        page_size=config.page_size,
+        page_budget=config.page_budget,
+        num_sms=torch.cuda.get_device_properties(cache.device).multi_processor_count,
+    )

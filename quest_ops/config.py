@@ -35,9 +35,9 @@ class QuestConfig:
         each query head selects for itself.
     metadata_dtype: dtype that the cache's page metadata must have: the cache's, or float8_e4m3fn, half of 16 bits to
         keep and to read ("minmax" is still a bound of keys of magnitude up to 448); None: whatever the cache has.
-    dense_below: a decode step whose longest sequence is at most this many tokens is dense; None: as many as fill the
-        pages of the budget, which Quest attends to in full anyway. With more, a sequence between the two is dense
-        alone and sparse beside a longer one.
+    dense_below: rows of at most this many tokens attend to all of them, in a decode step beside any others; None: as
+        many as fill the pages of the budget, and on a GPU of compute capability 9.0 or later up to where Quest is
+        faster (`planner.plan_dense_length`). `QuestAttention.dense_length` is the number.
     bound: what a page's metadata is, over its keys and channel by channel: "minmax", the paper's, an upper bound of
         every score; "cuboid": mean -+ mean absolute deviation; "mean_std": mean -+ standard deviation.
     bound_scale: factor on the deviation of "cuboid" and "mean_std"; 1 for "minmax".
@@ -115,8 +115,3 @@ class QuestConfig:
     def recent_pages(self) -> int:
         """Trailing pages that are always attended to, the one being written included."""
         return -(-self.recent_tokens // self.page_size)
-
-    @property
-    def dense_length(self) -> int:
-        """Longest sequence, in tokens, for which a decode step is dense."""
-        return self.page_budget * self.page_size if self.dense_below is None else self.dense_below

@@ -209,7 +209,8 @@ def run(*, tokens: int, token_budget: int, text: str, new_tokens: int, device: s
     from quest_ops.llama.smollm2 import fetch_smollm2
     from quest_ops.progress import ProgressBars
 
-    quest = QuestConfig(token_budget=token_budget)
+    # Also where dense attention is faster: what Quest chooses is to be seen.
+    quest = QuestConfig(token_budget=token_budget, dense_below=token_budget)
     if new_tokens < MIN_NEW_TOKENS:
         raise ValueError(f"--new-tokens must be at least {MIN_NEW_TOKENS}, got {new_tokens}")
     if not out.parent.is_dir():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_generate import (
     COVERING,
+    DENSE_TO_100,
     QUEST,
     QUEST_FROM_THE_START,
     assert_same_choices,
@@ -52,7 +53,7 @@ def note_steps(monkeypatch, generator) -> list[list[int | None]]:
 
 
 @pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "seeded"])
-@pytest.mark.parametrize("quest", [QUEST, QUEST_FROM_THE_START], ids=["dense-below", "quest"])
+@pytest.mark.parametrize("quest", [QUEST, DENSE_TO_100, QUEST_FROM_THE_START], ids=["budget", "dense-to-100", "quest"])
 @pytest.mark.parametrize("attention", ["quest", "dense", "sdpa"])
 def test_prompts_get_the_tokens_they_get_alone(model, attention, quest, sampling, monkeypatch):
     prompts = random_prompts(*LENGTHS)
@@ -162,14 +163,16 @@ def test_streams_and_progress_cover_waiting_prompts(model):
     assert progress[-1] == ("decode", 12, 12)
 
 
-def test_steps_of_recorded_pages_are_the_sequences_own(model):
-    prompts = random_prompts(100, 252, 130)  # the second has room for 5 tokens; the third joins the first's fifth step
+@pytest.mark.parametrize(("quest", "recorded"), [(QUEST, {0, 3}), (DENSE_TO_100, {3})])
+def test_steps_of_recorded_pages_are_the_sequences_own(model, quest, recorded):
+    """The first prompt's steps have 98 tokens to 105: where it attends to all, there is nothing to record."""
+    prompts = random_prompts(97, 252, 130)  # the second has room for 5 tokens; the third joins the first's fifth step
     settings = {"record_pages": (0, 3), "profile_attention": True, "stop_tokens": ()}
-    results = make(model, max_batch_size=2).generate(prompts, 9, **settings)
+    results = make(model, quest=quest, max_batch_size=2).generate(prompts, 9, **settings)
     assert [result.decode_steps for result in results] == [8, 4, 8]
-    for prompt, result in zip(prompts, results):
-        expected = make(model).generate([prompt], 9, **settings)[0]
-        assert set(result.pages) == set(expected.pages) == {(s, layer) for s in (0, 3) for layer in range(3)}
+    for prompt, steps, result in zip(prompts, (recorded, {0, 3}, {0, 3}), results):
+        expected = make(model, quest=quest).generate([prompt], 9, **settings)[0]
+        assert set(result.pages) == set(expected.pages) == {(s, layer) for s in steps for layer in range(3)}
         assert all(torch.equal(result.pages[key], pages) for key, pages in expected.pages.items())
         assert result.kv_read_share == expected.kv_read_share < 1
         assert 0 < result.decode_attention_seconds < result.decode_seconds
@@ -216,14 +219,16 @@ def test_smollm2_gives_the_tokens_of_sdpa_under_a_covering_budget():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "seeded"])
-@pytest.mark.parametrize("attention", ["quest", "dense"])
-def test_replayed_graphs_serve_sequences_that_come_and_go(attention, sampling):
+@pytest.mark.parametrize(
+    ("attention", "quest"), [("quest", QUEST_FROM_THE_START), ("quest", DENSE_TO_100), ("dense", DENSE_TO_100)]
+)
+def test_replayed_graphs_serve_sequences_that_come_and_go(attention, quest, sampling):
     model = random_model(torch.bfloat16, "cuda")
     prompts = random_prompts(*LENGTHS)
-    generator = make(model, attention=attention, quest=QUEST_FROM_THE_START, max_batch_size=3)
+    generator = make(model, attention=attention, quest=quest, max_batch_size=3)
     results = generator.generate(prompts, 40, stop_tokens=(), **sampling)
-    assert len(generator._graphs) == 1
-    eager = make(model, attention=attention, quest=QUEST_FROM_THE_START, max_batch_size=3)
+    assert len(generator._graphs) == len({kind for _, kind, _ in generator._graphs})
+    eager = make(model, attention=attention, quest=quest, max_batch_size=3)
     eager._use_graphs = False
     expected = eager.generate(prompts, 40, stop_tokens=(), **sampling)
     assert [r.tokens for r in results] == [r.tokens for r in expected]

@@ -486,7 +486,7 @@ def test_policies_fill_equal_budgets(bench):
             if policy.recent_only:
                 assert config.sink_pages + config.recent_pages == config.page_budget - 1
     assert {policy.metadata_bytes for policy in bench.policies.POLICIES} == {0, 1, None}
-    assert bench.policies.POLICIES[0].config(256) == QuestConfig.paper(token_budget=256)
+    assert bench.policies.POLICIES[0].config(256) == QuestConfig.paper(token_budget=256, dense_below=256)
 
 
 def test_quick_accuracy_run_writes_rows_and_a_figure(smollm2, tmp_path):

@@ -15,7 +15,7 @@ def test_lengths_become_whole_pages():
 def test_defaults_are_those_of_the_design():
     config = QuestConfig()
     assert (config.page_budget, config.sink_pages, config.recent_pages) == (128, 1, 4)
-    assert (config.head_reduction, config.dense_layers, config.dense_length) == ("max", (), 2048)
+    assert (config.head_reduction, config.dense_layers, config.dense_below) == ("max", (), None)
     assert (config.bound, config.bound_scale) == ("minmax", 1.0)
 
 
@@ -24,13 +24,6 @@ def test_paper_has_no_sink_one_recent_page_and_two_dense_layers():
         config = QuestConfig.paper(page_size=page_size)
         assert (config.sink_pages, config.recent_pages, config.dense_layers) == (0, 1, (0, 1))
     assert QuestConfig.paper(dense_layers=()).dense_layers == ()
-
-
-def test_dense_length_follows_the_budget_unless_given():
-    assert QuestConfig(token_budget=512).dense_length == 512
-    assert QuestConfig(token_budget=527).dense_length == 512  # whole pages: 513 tokens are one more than it holds
-    assert QuestConfig(token_budget=527, page_size=8).dense_length == 520
-    assert QuestConfig(token_budget=512, dense_below=0).dense_length == 0
 
 
 def test_the_smallest_budget_holds_sink_recent_and_one_page():

@@ -1,5 +1,6 @@
 """Generation: the same tokens whatever the chunks and the company; sampling, streaming, stops, pages, bad input."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -30,7 +31,8 @@ CONFIG = LlamaConfig(
     max_position_embeddings=512,
     eos_token_ids=(7, 9),
 )
-QUEST = QuestConfig(token_budget=64, sink_tokens=16, recent_tokens=16)
+QUEST = QuestConfig(token_budget=64, sink_tokens=16, recent_tokens=16, dense_below=64)
+DENSE_TO_100 = QuestConfig(token_budget=64, sink_tokens=16, recent_tokens=16, dense_below=100)
 COVERING = QuestConfig(token_budget=256, dense_below=0)
 QUEST_FROM_THE_START = QuestConfig(token_budget=64, sink_tokens=16, recent_tokens=16, dense_below=0)
 
@@ -244,6 +246,9 @@ def test_kv_read_share_counts_metadata_and_chosen_pages(model):
     assert result.kv_read_share == pytest.approx((176 + 2 * (11 + 64)) / (3 * 176))
     assert make(model, attention="dense").generate([prompt], 17, stop_tokens=())[0].kv_read_share == 1.0
     assert make(model, quest=quest).generate([prompt[:40]], 17, stop_tokens=())[0].kv_read_share == 1.0
+    beside = make(model, quest=replace(quest, dense_below=168)).generate([prompt[:90], prompt], 17, stop_tokens=())
+    assert beside[0].kv_read_share == 1.0  # though its neighbour's steps 8 to 16 choose pages
+    assert beside[1].kv_read_share == pytest.approx((8 * 3 * 176 + 8 * (176 + 2 * (11 + 64))) / (16 * 3 * 176))
 
 
 def test_profiling_measures_a_part_of_the_time(model):

@@ -29,9 +29,9 @@ def make_cache(device="cpu", **settings):
 
 
 def make_config(**settings):
-    return QuestConfig(
-        **{"page_size": PAGE, "token_budget": 4 * PAGE, "sink_tokens": PAGE, "recent_tokens": PAGE, **settings}
-    )
+    """Dense within the budget alone, on any device."""
+    settings = {"page_size": PAGE, "token_budget": 4 * PAGE, "sink_tokens": PAGE, "recent_tokens": PAGE} | settings
+    return QuestConfig(**{"dense_below": settings["token_budget"]} | settings)
 
 
 def make_attention(cache, config=None, heads=HEADS, **settings):
@@ -245,9 +245,10 @@ def test_a_decode_step_is_described_in_buffers_that_stay(device):
                 positions += [0] * count
         assert attention.slot_mapping.tolist() == slots and attention.positions.tolist() == positions
         buffers = attention.block_table, attention.slot_mapping, attention.positions, attention.seq_lens
+        buffers = *buffers, attention.page_budgets
         addresses.add(tuple(buffer.data_ptr() for buffer in buffers))
     assert len(addresses) == 1
-    assert [buffer.dtype for buffer in buffers] == [torch.int32, torch.int64, torch.int64, torch.int32]
+    assert [buffer.dtype for buffer in buffers] == [torch.int32, torch.int64, torch.int64, torch.int32, torch.int32]
     assert cache.length(spare) > 0
 
 

@@ -34,8 +34,7 @@ class Generator:
     answer are. On a GPU the decode steps of "quest" and "dense" replay CUDA graphs, captured when a number of slots and
     kind of step first come up and kept for later calls: sequences come and go without a new capture.
 
-    A sequence's tokens depend on no other's, up to the rounding of a matrix product with more rows; unless
-    quest.dense_below is set above the budget (see QuestConfig).
+    A sequence's tokens depend on no other's, up to the rounding of a matrix product with more rows.
     """
 
     def __init__(
@@ -120,7 +119,7 @@ class Generator:
         comes. progress("prefill" | "decode", done, total) counts prompt tokens, and new tokens after each first.
         profile_attention: measure the time in attention (on a GPU with events, and without CUDA graphs).
         record_pages: decode steps of a sequence, counted from 0, in which the pages that Quest chooses are noted, for
-        layers that use Quest in that step. Both slow the steps down.
+        layers that use Quest in a step of its length. Both slow the steps down.
 
         Raises ValueError, before anything runs, for no prompts, an empty one, one longer than max_sequence_tokens, one
         that can never fit the cache with its longest answer, token ids outside the vocabulary, and sampling settings
@@ -231,7 +230,7 @@ class Generator:
             call.watch.records = [
                 (slot, result.decode_steps, result.pages)
                 for slot, result in zip(slots, members)
-                if result.decode_steps in call.record_pages
+                if result.decode_steps in call.record_pages and self._chooses(seqs[slot])
             ]
             next_tokens = self._forward(len(seqs), call.watch).tolist()
         elif not self._use_graphs:
@@ -245,7 +244,7 @@ class Generator:
             if call.profile_attention:
                 past = result.decode_attention_seconds or 0.0
                 result.decode_attention_seconds = past + attention_seconds - attention_before
-            call.count_kv(slot, *self._kv_traffic(self.cache.length(seqs[slot])))
+            call.count_kv(slot, *self._kv_traffic(seqs[slot]))
             call.take(slot, next_tokens[slot])
         call.report("decode", len(slots))
 
@@ -266,12 +265,16 @@ class Generator:
         logits = self.model(self._tokens[:rows], self.attention.positions[:rows], attention, compiled=self.compile)
         return self.sampler.sample(logits)
 
-    def _kv_traffic(self, length: int) -> tuple[float, float]:
-        """Token places of K and V in all layers that one decode step at `length` tokens holds, and that it reads."""
-        config = self.model.config
+    def _chooses(self, seq: int) -> bool:
+        """Whether Quest chooses pages for a sequence in the planned decode step."""
+        return self.attention.step_kind == "quest" and self.cache.length(seq) > self.attention.dense_length
+
+    def _kv_traffic(self, seq: int) -> tuple[float, float]:
+        """Token places of K and V in all layers that a sequence holds, and that its planned decode step reads."""
+        config, length = self.model.config, self.cache.length(seq)
         all_tokens = -(-length // self.quest.page_size) * self.quest.page_size
         quest_layers = 0
-        if self.attention.step_kind == "quest":
+        if self._chooses(seq):
             quest_layers = config.num_hidden_layers - len(set(self.quest.dense_layers))
         group = config.num_attention_heads // config.num_key_value_heads
         metadata_scale = self.cache.metadata_dtype.itemsize / self.cache.dtype.itemsize

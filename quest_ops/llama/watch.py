@@ -15,7 +15,8 @@ from quest_ops.config import QuestConfig
 class Watch:
     """Stands between the model and the attention: times each run and notes the pages that Quest chooses.
 
-    records: what to note in the next decode step: (slot, the step's number, where to put {(number, layer): page ids}).
+    records: what to note in the next decode step: (slot, the step's number, where to put {(number, layer): page ids}),
+        of slots for which Quest chooses.
     """
 
     def __init__(self, attention: QuestAttention):

@@ -1,0 +1,45 @@
+"""From how many tokens on Quest is faster than dense attention: a pure function of sizes."""
+
+from __future__ import annotations
+
+# By path, fitted to benchmarks/results/break_even-h100.json (docs/performance.md, "When it pays"):
+# the bytes that dense attention reads in the time by which Quest's launches alone take longer, and
+# the time of a byte that Quest reads, as a multiple of dense attention's.
+ONE_LAUNCH = 8.9e6, 0.975
+PORTABLE = 13.6e6, 1.035
+
+
+def plan_dense_length(
+    *,
+    rows: int,
+    kv_heads: int,
+    head_dim: int,
+    element_size: int,
+    metadata_size: int,
+    page_size: int,
+    page_budget: int,
+    num_sms: int,
+) -> int:
+    """Longest row, in tokens, that is attended in full because Quest would not be faster: whole pages, never fewer
+    than the budget's.
+
+    rows: of a step. element_size, metadata_size: bytes an element of the cache and of its page metadata. num_sms: of
+    the GPU.
+
+    A token's K and V are b = rows * kv_heads * head_dim * 2 * element_size bytes a layer. Of n tokens dense attention
+    reads n * b, Quest (B + n * m) * b: a budget of B = page_budget * page_size tokens, and metadata of a share
+    m = metadata_size / (element_size * page_size). They take equally long where
+
+        n * b = X + r * (B + n * m) * b,    so at    n = (X / b + r * B) / (1 - r * m)
+
+    X is Quest's longer start, in bytes, and r the cost of a scattered byte: constants of an H100, for steps of one
+    launch and for others.
+    """
+    # As in csrc/plan.h: a step is one launch where two blocks for each (row, KV head) fit the chip together.
+    one_launch = rows * kv_heads * (1 if head_dim <= 128 else 2) <= num_sms
+    start_bytes, byte_cost = ONE_LAUNCH if one_launch else PORTABLE
+    token_bytes = rows * kv_heads * head_dim * 2 * element_size
+    budget = page_budget * page_size
+    metadata_share = metadata_size / (element_size * page_size)
+    tokens = (start_bytes / token_bytes + byte_cost * budget) / (1 - byte_cost * metadata_share)
+    return max(budget, int(tokens) // page_size * page_size)
