@@ -372,7 +372,7 @@ def test_an_answer_is_timed_and_its_pages_recorded(device):
             return "".join(map(chr, tokens))
 
     prompt = demo.Prompt(torch.randint(128, (300,)).tolist(), range(100, 120))
-    quest = QuestConfig(token_budget=112)
+    quest = QuestConfig(token_budget=112, dense_below=112)
     dense, sparse = (
         demo.answer(model, Letters(), prompt, attention, quest, demo.MIN_NEW_TOKENS) for attention in ("dense", "quest")
     )
