@@ -218,13 +218,6 @@ DEFAULTS = {
 }  # fmt: skip
 
 
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
-    return number
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=TABLES)
@@ -233,9 +226,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--text", nargs="+", type=Path, default=[], metavar="FILE", help="further kinds of text, UTF-8: a novel, say"
     )
-    parser.add_argument("--context", nargs="+", type=positive, metavar="TOKENS", help="of a document")
-    parser.add_argument("--budget", nargs="+", type=positive, metavar="TOKENS")
-    parser.add_argument("--pieces", type=positive, metavar="N", help="documents of each kind of text")
+    parser.add_argument("--context", nargs="+", type=record.positive, metavar="TOKENS", help="of a document")
+    parser.add_argument("--budget", nargs="+", type=record.positive, metavar="TOKENS")
+    parser.add_argument("--pieces", type=record.positive, metavar="N", help="documents of each kind of text")
     record.add_arguments(parser)
     args = parser.parse_args()
 

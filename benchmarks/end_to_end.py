@@ -204,31 +204,20 @@ def load(name: str, weights: str, device: str) -> Llama:
     return Llama.load(name, dtype=dtype, weights=weights, device=device)[0]
 
 
-def natural(text: str, minimum: int = 0) -> int:
-    number = int(text)
-    if number < minimum:
-        raise argparse.ArgumentTypeError(f"must be {minimum} or more, got {text}")
-    return number
-
-
-def positive(text: str) -> int:
-    return natural(text, 1)
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="SmolLM2 on the CPU with a budget of 512, within a minute")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--model", nargs="+", choices=[*SHAPES, "smollm2"], help=f"default: {' '.join(SHAPES)}")
     which.add_argument("--checkpoint", help="a Hugging Face folder or hub id, or a .gguf file")
-    parser.add_argument("--context", nargs="+", type=positive, metavar="TOKENS", help="default: 8K to 128K")
-    parser.add_argument("--batch", nargs="+", type=positive, default=[1], metavar="SEQUENCES")
+    parser.add_argument("--context", nargs="+", type=record.positive, metavar="TOKENS", help="default: 8K to 128K")
+    parser.add_argument("--batch", nargs="+", type=record.positive, default=[1], metavar="SEQUENCES")
     parser.add_argument("--weights", choices=WEIGHTS, help="default: bf16; on a CPU without its instructions fp32")
     parser.add_argument("--attention", nargs="+", choices=ATTENTIONS, help="default: all that run here")
-    parser.add_argument("--budget", type=positive, metavar="TOKENS", help="of Quest; default: 2048")
+    parser.add_argument("--budget", type=record.positive, metavar="TOKENS", help="of Quest; default: 2048")
     parser.add_argument("--metadata", nargs="+", choices=METADATA, default=["16"], help="bits of Quest's page metadata")
     parser.add_argument(
-        "--dense-layers", nargs="+", type=natural, default=[0], metavar="N", help="first layers without Quest"
+        "--dense-layers", nargs="+", type=record.natural, default=[0], metavar="N", help="first layers without Quest"
     )
     parser.add_argument("--no-compile", action="store_true", help="small operations as torch runs them, on a GPU too")
     record.add_arguments(parser)

@@ -1,5 +1,7 @@
-"""What a file of results says beside its rows: which GPU, torch and command, and which sources of the kernels."""
+"""What a file of results says beside its rows: which GPU, torch and command, and which sources of the kernels; and the
+arguments that the benchmarks share."""
 
+import argparse
 import json
 import re
 import subprocess
@@ -24,6 +26,18 @@ def csrc_tree() -> str | None:
         return git("rev-parse", "HEAD:csrc") + ("+changes" if git("status", "--porcelain", "csrc") else "")
     except (FileNotFoundError, subprocess.CalledProcessError):  # no git, no checkout
         return None
+
+
+def natural(text: str, minimum: int = 0) -> int:
+    """For argparse, as `positive` is."""
+    number = int(text)
+    if number < minimum:
+        raise argparse.ArgumentTypeError(f"must be {minimum} or more, got {text}")
+    return number
+
+
+def positive(text: str) -> int:
+    return natural(text, 1)
 
 
 def add_arguments(parser) -> None:
