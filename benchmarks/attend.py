@@ -4,27 +4,18 @@ import torch
 from torch import Tensor
 
 import quest_ops
-from quest_ops import QuestAttention
+from quest_ops import QuestAttention, fidelity
 from quest_ops.attention import MAX_ROWS_PER_REQUEST
 
 
-class Step:
-    """The step that `attention` has planned, with `rows` rows a request.
+class Step(fidelity.Step):
+    """The step that `attention` has planned, with `rows` rows a request, and two more ways to attend in it.
 
-    `append` writes its keys and values in a layer; then the others give out [R, Hq, D] and lse [R, Hq] of its queries.
+    They give out [R, Hq, D] and lse [R, Hq] of a layer's queries.
     """
 
     def __init__(self, attention: QuestAttention, rows: int = MAX_ROWS_PER_REQUEST):
-        self.attention, self.config, self.cache, self.rows = attention, attention.config, attention.cache, rows
-
-    def append(self, layer: int, key: Tensor, value: Tensor) -> None:
-        quest_ops.append_paged_kv(
-            key, value, *self._pool(layer), self.cache.page_metadata(layer), self.attention.slot_mapping,
-            bound=self.config.bound, bound_scale=self.config.bound_scale,
-        )  # fmt: skip
-
-    def exact(self, layer: int, query: Tensor) -> tuple[Tensor, Tensor]:
-        return self.listed(layer, query, None)
+        super().__init__(attention, rows)
 
     def quest(self, layer: int, query: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config
@@ -46,13 +37,6 @@ class Step:
         )  # fmt: skip
         return self.listed(layer, query, *chosen)
 
-    def listed(self, layer: int, query: Tensor, page_ids: Tensor | None, page_counts: Tensor | None = None):
-        """To the tokens of some pages, as `sparse_decode_attention` takes them."""
-        return quest_ops.sparse_decode_attention(
-            query, *self._pool(layer), self._table, self.attention.seq_lens, page_ids, page_counts,
-            page_size=self.config.page_size, sm_scale=self.attention.sm_scale,
-        )  # fmt: skip
-
     def _page_masses(self, layer: int, query: Tensor) -> Tensor:
         """[R, Hkv, P] float32: each page's share of the exact attention, summed over the query heads of a KV head."""
         query = query.unflatten(1, (self.cache.num_kv_heads, -1)).unflatten(0, (-1, self.rows))  # [B, T, Hkv, G, D]
@@ -61,13 +45,6 @@ class Step:
         seen = torch.arange(logits.size(-1), device=logits.device) < self.attention.seq_lens[:, None]  # [R, L]
         shares = logits.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
         return shares.sum(2).unflatten(-1, (-1, self.config.page_size)).sum(-1).contiguous()
-
-    def _pool(self, layer: int) -> tuple[Tensor, Tensor]:
-        return self.cache.k_cache(layer), self.cache.v_cache(layer)
-
-    @property
-    def _table(self) -> Tensor:
-        return self.attention.block_table[: len(self.attention.seq_lens) // self.rows]
 
 
 class OracleAttention(Step):

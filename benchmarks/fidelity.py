@@ -6,6 +6,8 @@ import torch
 from attend import Step
 from torch import Tensor
 
+from quest_ops.fidelity import compare, relative_error
+
 
 class Probe(Step):
     """For a decoder: attends exactly, and beside it with a policy, so that all policies meet the same queries and keys.
@@ -24,13 +26,8 @@ class Probe(Step):
         self.append(layer, key, value)
         exact, exact_lse = self.exact(layer, query)
         out, lse = self.chosen(layer, query)
-        terms = (
-            (out.double() - exact.double()).square().sum(-1),
-            exact.double().square().sum(-1),
-            (lse - exact_lse).exp(),
-        )
-        for total, term in zip(self.sums, terms):
-            total[:, layer] += term.unflatten(0, (-1, self.rows)).sum(1)
+        terms = compare(out, lse, exact, exact_lse)
+        self.sums[:, :, layer] += terms.unflatten(1, (-1, self.rows)).sum(2)
         return exact
 
 
@@ -41,7 +38,7 @@ def summary(sums: Tensor, tokens: int, kinds: list[str]) -> dict:
     its query heads. A policy's error is the mean over layers and windows, its mass that over heads, too.
     """
     error, norm, mass = sums.cpu()
-    by_window = (error.sum(-1) / norm.sum(-1)).sqrt().mean(-1)
+    by_window = relative_error(error, norm, -1).mean(-1)
     mass = mass / tokens
     return {
         "error": by_window.mean().item(),
@@ -50,9 +47,9 @@ def summary(sums: Tensor, tokens: int, kinds: list[str]) -> dict:
         "windows": len(by_window),
         "tokens": tokens,
         "error_by_kind": {k: by_window[[x == k for x in kinds]].mean().item() for k in dict.fromkeys(kinds)},
-        "error_by_layer": rounded((error.sum((0, 2)) / norm.sum((0, 2))).sqrt()),
+        "error_by_layer": rounded(relative_error(error, norm, (0, 2))),
         "mass_by_layer": rounded(mass.mean((0, 2))),
-        "error_by_head": rounded((error.sum(0) / norm.sum(0)).sqrt()),
+        "error_by_head": rounded(relative_error(error, norm, 0)),
         "mass_by_head": rounded(mass.mean(0)),
     }
 

@@ -7,9 +7,9 @@ import time
 import torch
 from torch import Tensor
 
-from quest_ops import ops
 from quest_ops.attention import QuestAttention
 from quest_ops.config import QuestConfig
+from quest_ops.fidelity import Step
 
 
 class Watch:
@@ -35,7 +35,8 @@ class Watch:
             self._seconds += stop - start
         chooses = self.attention.step_kind == "quest" and layer not in self.quest.dense_layers
         if chooses and self.records:
-            page_ids = self._choose(layer, query)
+            # The fused op does not tell its choice: its first two steps again, with this step's key in the metadata.
+            page_ids = Step(self.attention).choose(layer, query)[0].cpu()  # [R, Hs, K]
             for slot, step, pages in self.records:
                 pages[step, layer] = page_ids[slot].clone()
         return out
@@ -54,22 +55,6 @@ class Watch:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
-
-    def _choose(self, layer: int, query: Tensor) -> Tensor:
-        # The fused op does not tell its choice: its first two steps again, with this step's key in the metadata.
-        quest, seq_lens = self.quest, self.attention.seq_lens[: len(query)]
-        scores = ops.estimate_page_scores(
-            query,
-            self.cache.page_metadata(layer),
-            self.attention.block_table[: len(query)],
-            seq_lens,
-            quest.page_size,
-            quest.head_reduction,
-        )
-        page_ids, _ = ops.select_topk_pages(
-            scores, seq_lens, quest.page_size, quest.page_budget, quest.sink_pages, quest.recent_pages
-        )
-        return page_ids.cpu()  # [R, Hs, K]
 
 
 def kv_tokens_read(length: int, quest: QuestConfig, *, group: int = 1, metadata_scale: float = 1.0) -> float:

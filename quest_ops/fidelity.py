@@ -1,0 +1,89 @@
+"""What a choice of pages costs a decode step: the true attention mass that it misses, and the error of the output."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quest_ops import ops
+from quest_ops.attention import QuestAttention
+
+
+class Step:
+    """The decode step that `attention` has planned, op by op: for whoever asks more than `QuestAttention.run` tells.
+
+    rows: query tokens of each sequence in the step. query [R, Hq, D], key and value [R, Hkv, D]: as `run` takes them.
+    `append` writes the keys and values of a layer; after that the others say what its queries choose and attend to.
+    """
+
+    def __init__(self, attention: QuestAttention, rows: int = 1):
+        self.attention, self.config, self.cache, self.rows = attention, attention.config, attention.cache, rows
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> None:
+        ops.append_paged_kv(
+            key,
+            value,
+            *self._pool(layer),
+            self.cache.page_metadata(layer),
+            self.attention.slot_mapping,
+            bound=self.config.bound,
+            bound_scale=self.config.bound_scale,
+        )
+
+    def choose(self, layer: int, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Page ids [R, Hs, K] and counts [R, Hs], int32, of what Quest chooses for rows longer than the budget."""
+        config, seq_lens = self.config, self.attention.seq_lens
+        scores = ops.estimate_page_scores(
+            query,
+            self.cache.page_metadata(layer),
+            self._table,
+            seq_lens,
+            config.page_size,
+            config.head_reduction,
+        )
+        return ops.select_topk_pages(
+            scores, seq_lens, config.page_size, config.page_budget, config.sink_pages, config.recent_pages
+        )
+
+    def exact(self, layer: int, query: Tensor) -> tuple[Tensor, Tensor]:
+        """To all tokens: out [R, Hq, D] and lse [R, Hq] float32, natural log of the sum of exp(sm_scale * q . k)."""
+        return self.listed(layer, query, None)
+
+    def listed(
+        self, layer: int, query: Tensor, page_ids: Tensor | None, page_counts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """To the tokens of some pages, as `sparse_decode_attention` takes them: out and lse as of `exact`."""
+        return ops.sparse_decode_attention(
+            query,
+            *self._pool(layer),
+            self._table,
+            self.attention.seq_lens,
+            page_ids,
+            page_counts,
+            page_size=self.config.page_size,
+            sm_scale=self.attention.sm_scale,
+        )
+
+    def _pool(self, layer: int) -> tuple[Tensor, Tensor]:
+        return self.cache.k_cache(layer), self.cache.v_cache(layer)
+
+    @property
+    def _table(self) -> Tensor:
+        return self.attention.block_table[: len(self.attention.seq_lens) // self.rows]
+
+
+def compare(out: Tensor, lse: Tensor, exact: Tensor, exact_lse: Tensor) -> Tensor:
+    """[3, R, Hq] float64: |out - exact|^2, |exact|^2, and the share of the true attention mass that `out` attends to.
+
+    out and exact [R, Hq, D], lse and exact_lse [R, Hq]: attention to some of the tokens, and to all. A token's mass is
+    its weight in the exact softmax; that of some tokens is exp(lse - exact_lse).
+    """
+    truth = exact.double()
+    return torch.stack(
+        [(out.double() - truth).square().sum(-1), truth.square().sum(-1), (lse - exact_lse).exp().double()]
+    )
+
+
+def relative_error(error: Tensor, norm: Tensor, over: int | tuple[int, ...]) -> Tensor:
+    """The root of the sum of |out - exact|^2 over that of |exact|^2, both over the dimensions `over`."""
+    return (error.sum(over) / norm.sum(over)).sqrt()
