@@ -1,4 +1,4 @@
-"""The command `quest-ops`: info, generate and demo."""
+"""The command `quest-ops`: info, demo, generate and inspect."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 WEIGHTS = ("bf16", "int8", "int4")
 ATTENTIONS = ("quest", "dense", "sdpa", "flashinfer")
+BOUNDS = ("minmax", "cuboid", "mean_std")
 
 DESCRIPTION = """\
 Query-aware sparse decode attention (QUEST) for long contexts.
@@ -18,6 +19,7 @@ Query-aware sparse decode attention (QUEST) for long contexts.
   quest-ops info                                          versions, devices, what runs where, what is wrong
   quest-ops demo                                          dense and Quest attention side by side on a long text
   quest-ops generate --prompt "Once upon a time"          text from SmolLM2-135M, with Quest attention
+  quest-ops inspect --prompt-file report.txt --out look   which pages Quest chooses there, and what they miss
 """
 INFO = """\
 Prints versions, devices, the architectures that were built, which kernels each device runs and why, and what is wrong.
@@ -40,6 +42,17 @@ middle and is asked for the key, with dense and with Quest attention. Prints a t
   quest-ops demo --tokens 7000 --token-budget 512         a longer text, a smaller budget: see when it fails
   quest-ops demo --text book.txt --out book.png
 """
+INSPECT = """\
+Reads a prompt with dense attention, decodes greedily with Quest, and draws into a folder which pages it chooses by
+layer, head and step (pages.png), which share of the true attention mass they miss, and the relative error of the
+attention's output, by layer, against dense attention of the same queries to the same cache (fidelity.png). Prints a
+table by layer; inspect.json has the numbers by layer and head.
+
+  quest-ops inspect --prompt-file report.txt --out look
+  quest-ops inspect --prompt-file report.txt --token-budget 256 --page-size 8 --metadata 8 --out finer
+  cat report.txt | quest-ops inspect --prompt-file - --bound mean_std --out deviations
+  quest-ops inspect --model ~/models/Qwen2.5-7B-Instruct --device cuda --prompt-file report.txt --out qwen
+"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,7 +62,7 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser("quest-ops", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="info | demo | generate")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="info | demo | generate | inspect")
 
     def command(name: str, run, description: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(
@@ -58,40 +71,60 @@ def build_parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
+    def add_model(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--model",
+            default="smollm2",
+            help='"smollm2", a GGUF file, a Hugging Face folder or a hub id "owner/name" (default: %(default)s)',
+        )
+
+    def add_budget(sub: argparse.ArgumentParser, default: int) -> None:
+        sub.add_argument(
+            "--token-budget", type=int, default=default, help="tokens a Quest step reads (default: %(default)s)"
+        )
+
+    def add_device(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--device", default="auto", help='"cpu", "cuda", "cuda:1" (default: a GPU if there is one)')
+
     command("info", run_info, INFO)
 
     demo = command("demo", run_demo, DEMO)
     demo.add_argument("--tokens", type=int, default=4000, help="length of the prompt (default: %(default)s)")
-    demo.add_argument("--token-budget", type=int, default=1024, help="tokens a Quest step reads (default: %(default)s)")
+    add_budget(demo, 1024)
     demo.add_argument("--text", type=Path, metavar="FILE", help="another text, UTF-8")
     demo.add_argument("--new-tokens", type=int, default=32, help="tokens to generate (default: %(default)s)")
-    demo.add_argument("--device", default="auto", help='"cpu", "cuda", "cuda:1" (default: a GPU if there is one)')
+    add_device(demo)
     demo.add_argument("--out", type=Path, default=Path("demo.png"), help="the picture (default: %(default)s)")
 
     generate = command("generate", run_generate, GENERATE)
-    generate.add_argument(
-        "--model",
-        default="smollm2",
-        help='"smollm2", a GGUF file, a Hugging Face folder or a hub id "owner/name" (default: %(default)s)',
-    )
+    add_model(generate)
     prompt = generate.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT")
     prompt.add_argument("--prompt-file", metavar="FILE", help='UTF-8 text; "-": stdin')
     generate.add_argument("--chat", action="store_true", help="the prompt is a user's message: use the chat template")
     generate.add_argument("--attention", choices=ATTENTIONS, default="quest", help="default: %(default)s")
-    generate.add_argument(
-        "--token-budget", type=int, default=2048, help="tokens a Quest step reads (default: %(default)s)"
-    )
+    add_budget(generate, 2048)
     generate.add_argument("--max-new-tokens", type=int, default=128, help="default: %(default)s")
     generate.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
     generate.add_argument("--top-p", type=float, default=1.0, help="default: %(default)s")
     generate.add_argument("--seed", type=int, help="of sampling (default: another one each time)")
-    generate.add_argument("--device", default="auto", help='"cpu", "cuda", "cuda:1" (default: a GPU if there is one)')
+    add_device(generate)
     generate.add_argument("--dtype", choices=DTYPES, default="auto", help="default: what is fast on the device")
     generate.add_argument("--weights", choices=WEIGHTS, help="of the layers, rounded at load (default: as --dtype)")
     generate.add_argument(
         "--compile", action="store_true", help="torch.compile decode steps: worth its seconds for many tokens on a GPU"
     )
+
+    inspect = command("inspect", run_inspect, INSPECT)
+    add_model(inspect)
+    inspect.add_argument("--prompt-file", metavar="FILE", required=True, help='UTF-8 text; "-": stdin')
+    inspect.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder for pictures and numbers")
+    add_budget(inspect, 512)
+    inspect.add_argument("--page-size", type=int, default=16, help="tokens a page (default: %(default)s)")
+    inspect.add_argument("--bound", choices=BOUNDS, default="minmax", help="a page's metadata (default: %(default)s)")
+    inspect.add_argument("--metadata", choices=("16", "8"), default="16", help="its bits; 16: as the cache's dtype")
+    inspect.add_argument("--new-tokens", type=int, default=32, help="decode steps to look at (default: %(default)s)")
+    add_device(inspect)
     return parser
 
 
@@ -129,6 +162,7 @@ def run_info(_: argparse.Namespace) -> int:
 def run_demo(args: argparse.Namespace) -> int:
     need_extra()
     from quest_ops import demo
+    from quest_ops.info import choose_device
 
     text = demo.default_text() if args.text is None else read_text(args.text)
     demo.run(
@@ -148,15 +182,14 @@ def run_generate(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from quest_ops.config import QuestConfig
+    from quest_ops.info import choose_device
     from quest_ops.llama.generate import Generator
     from quest_ops.llama.model import Llama
     from quest_ops.llama.sampling import check_sampling
     from quest_ops.progress import ProgressBars
 
     quest = QuestConfig(token_budget=args.token_budget)
-    text = args.prompt
-    if text is None:
-        text = read_stdin() if args.prompt_file == "-" else read_text(Path(args.prompt_file))
+    text = read_prompt(args.prompt_file) if args.prompt is None else args.prompt
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
     check_sampling(args.temperature, args.top_p, args.seed)
@@ -213,6 +246,35 @@ def run_generate(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_inspect(args: argparse.Namespace) -> int:
+    need_extra()
+    import torch
+
+    from quest_ops import inspection_report
+    from quest_ops.config import QuestConfig
+    from quest_ops.info import choose_device
+
+    quest = QuestConfig(
+        token_budget=args.token_budget,
+        page_size=args.page_size,
+        bound=args.bound,
+        metadata_dtype=torch.float8_e4m3fn if args.metadata == "8" else None,
+    )
+    inspection_report.run(
+        model=args.model,
+        text=read_prompt(args.prompt_file),
+        quest=quest,
+        new_tokens=args.new_tokens,
+        device=choose_device(args.device),
+        out=args.out,
+    )
+    return 0
+
+
+def read_prompt(file: str) -> str:
+    return read_stdin() if file == "-" else read_text(Path(file))
+
+
 def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
@@ -228,32 +290,6 @@ def read_stdin() -> str:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
         raise ValueError(f"stdin is not UTF-8 text: {error}") from error
-
-
-def choose_device(name: str) -> str:
-    """The torch device for --device. Raises ValueError for one that torch or this build does not have."""
-    import torch
-
-    from quest_ops.info import describe_device, inspect_system
-
-    system = inspect_system()
-    devices = system.devices
-    if name == "auto":
-        name = "cuda" if devices else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f'--device must be "auto", "cpu", "cuda" or "cuda:N", got {name!r}')
-    if device.type == "cuda":
-        index = device.index or 0
-        if index >= len(devices):
-            raise ValueError(f"--device {name}: torch sees {len(devices)} CUDA devices; quest-ops info tells more")
-        usable, why = describe_device(devices[index], system)
-        if not usable:
-            raise ValueError(f"--device {name}: {why}; --device cpu does without it")
-    return name
 
 
 def need_extra() -> None:

@@ -181,6 +181,30 @@ def inspect_system() -> System:
     )
 
 
+def choose_device(name: str) -> str:
+    """The torch device for --device. Raises ValueError for one that torch or this build does not have."""
+    import torch
+
+    system = inspect_system()
+    devices = system.devices
+    if name == "auto":
+        name = "cuda" if devices else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f'--device must be "auto", "cpu", "cuda" or "cuda:N", got {name!r}')
+    if device.type == "cuda":
+        index = device.index or 0
+        if index >= len(devices):
+            raise ValueError(f"--device {name}: torch sees {len(devices)} CUDA devices; quest-ops info tells more")
+        usable, why = describe_device(devices[index], system)
+        if not usable:
+            raise ValueError(f"--device {name}: {why}; --device cpu does without it")
+    return name
+
+
 def _driver_cuda() -> tuple[int, int] | None:
     version = ctypes.c_int()
     try:

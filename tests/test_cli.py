@@ -1,6 +1,7 @@
-"""The command line: what info says is wrong, what generate writes where, one-line errors, and the demo's answer."""
+"""The command line: what info says is wrong, what generate and inspect write where, one-line errors, demo's answer."""
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -11,7 +12,7 @@ import pytest
 import torch
 from models import fetch_smollm2_or_skip, random_llama
 
-from quest_ops import QuestConfig, cli, demo, info
+from quest_ops import QuestConfig, cli, config, demo, info, inspection_report
 from quest_ops.info import Device, System
 from quest_ops.llama.config import LlamaConfig
 from quest_ops.llama.model import WEIGHTS
@@ -132,7 +133,7 @@ def test_info_names_the_cpu_kernels_that_run():
     )
 
 
-@pytest.mark.parametrize("arguments", [(), ("info",), ("demo",), ("generate",)])
+@pytest.mark.parametrize("arguments", [(), ("info",), ("demo",), ("generate",), ("inspect",)])
 def test_help_explains_by_examples(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([*arguments, "--help"])
@@ -291,6 +292,82 @@ def test_usage_errors_are_one_line(arguments, capsys):
         cli.main(arguments)
     assert stopped.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+INSPECT = ("--token-budget", 112, "--new-tokens", 5, "--device", "cpu")
+
+
+def inspect(capsys, folder, tmp_path, *arguments, prompt=PROMPT):
+    (tmp_path / "prompt.txt").write_text(prompt)
+    given = ("--model", folder, "--prompt-file", tmp_path / "prompt.txt", "--out", tmp_path / "a/look", *INSPECT)
+    code = cli.main(["inspect", *map(str, (*given, *arguments))])
+    return code, *capsys.readouterr()
+
+
+def test_inspect_draws_writes_and_prints(folder, tmp_path, capsys):
+    code, out, _ = inspect(capsys, folder, tmp_path)
+    look = tmp_path / "a/look"
+    assert code == 0 and {file.name for file in look.iterdir()} == {"pages.png", "fidelity.png", "inspect.json"}
+    assert all((look / name).read_bytes().startswith(b"\x89PNG") for name in ("pages.png", "fidelity.png"))
+    found = json.loads((look / "inspect.json").read_text())
+    assert found["prompt_tokens"] == len(PROMPT) == 183 and found["steps"] == 5 and found["pages"] == 12
+    assert f"5 decode steps after {len(PROMPT)} tokens, 7 of 12 pages each" in out
+    assert [row["layer"] for row in found["layers"]] == [0, 1]
+    for row in found["layers"]:
+        assert 0 < row["missed_mass"] < 1
+        assert row["missed_mass"] == pytest.approx(sum(row["missed_mass_by_head"]) / 2, abs=1e-4)
+        assert 0 < row["output_error_of_steps"][0] <= row["output_error"] <= row["output_error_of_steps"][1]
+        assert len(row["output_error_by_head"]) == 2 and 7 <= row["distinct_pages_by_head"][0] <= 12
+        assert re.search(f"│ +{row['layer']} │ +{row['missed_mass']:.1%} │.*│ +{row['output_error']:.1%} │", out)
+
+
+def test_inspect_reads_stdin_and_takes_settings(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(PROMPT.encode()), encoding="ascii"))
+    settings = ("--prompt-file", "-", "--page-size", 8, "--bound", "mean_std", "--metadata", 8)
+    assert inspect(capsys, folder, tmp_path, *settings, prompt="Not this one")[0] == 0
+    found = json.loads((tmp_path / "a/look/inspect.json").read_text())
+    expected = {"token_budget": 112, "page_size": 8, "bound": "mean_std", "metadata_dtype": "torch.float8_e4m3fn"}
+    assert found["prompt_tokens"] == len(PROMPT) and found["quest"].items() >= expected.items()
+    assert cli.BOUNDS == config.BOUNDS  # which it repeats
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--token-budget", 184), "the prompt has 183 tokens, which the token budget of 184 holds"),
+        (("--new-tokens", 118), "the prompt has 183 tokens, and with 118 new ones 301; this model has 300 positions"),
+        (("--new-tokens", 0), "--new-tokens must be at least 1, got 0"),
+        (("--token-budget", 64), "token_budget 64 is 4 pages"),
+        (("--page-size", 12), "page_size must be one of"),
+        (("--out", "prompt.txt"), "--out prompt.txt: .*prompt.txt is a file"),
+        (("--out", "prompt.txt/look"), "--out prompt.txt/look: .*prompt.txt is a file"),
+        (("--prompt-file", "no/such/file"), "No such file"),
+        (("--model", "no-such-model"), "there is no model at 'no-such-model'"),
+        (("--device", "tpu"), "--device must be"),
+    ],
+)
+def test_inspect_errors_are_one_line_and_leave_nothing(folder, tmp_path, arguments, message, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, out, error = inspect(capsys, folder, tmp_path, *arguments)
+    lines = [line for line in error.splitlines() if "error:" in line]
+    assert code == 2 and out == "" and len(lines) == 1 and error.splitlines() == lines
+    assert re.search(message, lines[0])
+    assert [file.name for file in tmp_path.iterdir()] == ["prompt.txt"]
+
+
+def test_inspect_leaves_what_was_there_when_it_cannot_write(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(b"old")
+    write_bytes = type(tmp_path).write_bytes
+
+    def full(path, content):
+        write_bytes(path, content[:1])
+        if path.name == "b":
+            raise OSError("No space left on device")
+
+    monkeypatch.setattr(type(tmp_path), "write_bytes", full)
+    with pytest.raises(OSError, match="No space"):
+        inspection_report.write(tmp_path, {"a": b"new", "b": b"new"})
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("a", b"old")]
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ def test_its_commands_exist(command):
 
 
 def test_it_names_commands():
-    assert {command.split()[0] for command in COMMANDS} == {"info", "demo", "generate"}
+    assert {command.split()[0] for command in COMMANDS} == {"info", "demo", "generate", "inspect"}
 
 
 def test_every_environment_variable_is_in_its_table():
