@@ -12,7 +12,7 @@ question as well as the answer, and keys and values that it appends are its own.
   with its standard error over the windows (of the same windows' differences).
 - passkey: a number hidden at 10 depths of filler and of real texts.
 - needles: 8 numbers under names in one text, and numbers in long lists of numbers.
-  Both: the share found, by greedy decoding, of those that dense attention finds.
+  Both: the share found, by greedy decoding, of those that dense attention finds; by depth it is in the JSON.
 - fidelity: decode steps of exact attention on real text, and what each policy makes of their queries and keys: the
   relative error of its output, with its standard error over the windows, and the share of the true attention mass that
   it keeps. fidelity.py defines them; by layer and head they are in the JSON.
@@ -166,26 +166,34 @@ def found(args, model: Llama, asker: Asker) -> list[dict]:
         note("dense attention answers nothing here, so there is nothing to compare")
         return []
     kinds = [question.kind for question in asker.questions]
+    depths = [f"{question.depth:.3g}" for question in asker.questions]
     print(f"{HEADER}{'found':>10}{'of':>5}{columns(dict.fromkeys(kinds))}")
     for policy in POLICIES:
         for budget in args.budget:
             kept = right(policy, budget)[dense].double()
-            by_kind = {
-                kind: [int(kept[of_kind].sum()), int(of_kind.sum())]
-                for kind in dict.fromkeys(kinds)
-                for of_kind in [torch.tensor([x == kind for x in kinds])[dense]]
-            }
+            by_kind, by_depth = (tally(kept, labels, dense) for labels in (kinds, depths))
             row = settings_of(policy, budget, asker.context) | {
                 "found": kept.mean().item(),
                 "standard_error": math.sqrt(kept.mean().item() * (1 - kept.mean().item()) / trials),
                 "trials": trials,
                 "dense": [trials, len(dense)],
                 "found_by_kind": by_kind,
+                "found_by_depth": by_depth,
             }
             rows.append(row)
             shares = {kind: f"{of_kind[0]}/{of_kind[1]}" for kind, of_kind in by_kind.items()}
             show(row, f"{row['found']:10.0%}{trials:5}{columns(shares)}")
     return rows
+
+
+def tally(kept: torch.Tensor, labels: list[str], dense: torch.Tensor) -> dict[str, list[int]]:
+    """Of each label how many answers are kept, and of how many; dense [questions] says which dense attention gives,
+    kept is of those alone."""
+    counts = {}
+    for label in dict.fromkeys(labels):
+        chosen = torch.tensor([x == label for x in labels])[dense]
+        counts[label] = [int(kept[chosen].sum()), int(chosen.sum())]
+    return counts
 
 
 def columns(by_kind: dict) -> str:

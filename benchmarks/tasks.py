@@ -23,10 +23,11 @@ NAMES = (
 
 @dataclass(frozen=True)
 class Question:
-    """answer: how many tokens at the end of the continuation must each be the likeliest one: what greedy decoding of
-    the question would then have said."""
+    """depth: where in its document the fact is, 0 to 1. answer: how many tokens at the end of the continuation must
+    each be the likeliest one: what greedy decoding of the question would then have said."""
 
     kind: str
+    depth: float
     continuation: Continuation
     answer: int
 
@@ -85,13 +86,13 @@ class Asker:
             place = stop
         return document + body[place:space]
 
-    def ask(self, kind: str, question: str, answer: str) -> None:
+    def ask(self, kind: str, depth: float, question: str, answer: str) -> None:
         """About the last document."""
         asked = self.tokenizer.encode(question, add_special=False)
         tokens = self.tokenizer.encode(f"{question} {answer}", add_special=False)
         shared = next((i for i, (a, b) in enumerate(zip(asked, tokens)) if a != b), len(asked))
         continuation = Continuation(len(self.documents) - 1, tokens)
-        self.questions.append(Question(kind, continuation, len(tokens) - shared))
+        self.questions.append(Question(kind, depth, continuation, len(tokens) - shared))
 
     def passkeys(self, bodies: list[tuple[str, list[int]]], depths: int) -> None:
         """In each body, at each depth, a pass key: a document and a question each."""
@@ -99,8 +100,9 @@ class Asker:
             for i in range(depths):
                 key = self.number()
                 fact = f"The pass key is {key}. Remember it: the pass key is {key}."
-                self.documents.append(self.hide(body, [((i + 0.5) / depths, fact)]))
-                self.ask(kind, "\n\nNow, what is the pass key? The pass key is", key)
+                depth = (i + 0.5) / depths
+                self.documents.append(self.hide(body, [(depth, fact)]))
+                self.ask(kind, depth, "\n\nNow, what is the pass key? The pass key is", key)
 
     def needles(self, bodies: list[tuple[str, list[int]]], count: int) -> None:
         """In each body `count` facts of the same form, and a question about each."""
@@ -111,8 +113,9 @@ class Asker:
                 for i, (name, code) in enumerate(codes.items())
             ]
             self.documents.append(self.hide(body, facts))
-            for name, code in codes.items():
-                self.ask(kind, f"\n\nNow, what is the secret code of {name}? The secret code of {name} is", code)
+            for (name, code), (depth, _) in zip(codes.items(), facts):
+                question = f"\n\nNow, what is the secret code of {name}? The secret code of {name} is"
+                self.ask(kind, depth, question, code)
 
     def lookups(self, lists: int, count: int) -> None:
         """Long lists of numbers by numbers, and `count` questions about each, from all over the list."""
@@ -127,5 +130,6 @@ class Asker:
                 tokens += line
             self.documents.append(tokens)
             for i in range(count):
-                item, price = rows[int((i + 0.5) / count * len(rows))]
-                self.ask("list", f"\nItem {item} has the price", price)
+                depth = (i + 0.5) / count
+                item, price = rows[int(depth * len(rows))]
+                self.ask("list", depth, f"\nItem {item} has the price", price)

@@ -329,6 +329,12 @@ def test_a_document_holds_each_fact_at_its_depth_and_a_question_asks_for_it(benc
         asked_before[key] = place
     places = [bytes(document).index(b"The pass key") for document in asker.documents[:4]]
     assert places == pytest.approx([(i + 0.5) / 4 * 940 for i in range(4)], abs=15)
+    depths = [question.depth for question in asker.questions]
+    assert depths[:4] == [0.125, 0.375, 0.625, 0.875] and depths[8:13] == [0.1, 0.3, 0.5, 0.7, 0.9]
+    for question in asker.questions:
+        document = bytes(asker.documents[question.continuation.document])
+        number = bytes(question.continuation.tokens).rsplit(maxsplit=1)[1]
+        assert document.index(number) / len(document) == pytest.approx(question.depth, abs=0.12)
     kinds = [question.kind for question in asker.questions]
     assert kinds == ["letters"] * 4 + ["capitals"] * 4 + ["letters"] * 5 + ["capitals"] * 5 + ["list"] * 12
 
@@ -500,6 +506,8 @@ def test_quick_accuracy_run_writes_rows_and_a_figure(smollm2, tmp_path):
     for row in record["rows"]:
         right, trials = map(sum, zip(*row["found_by_kind"].values()))
         assert trials == row["trials"] > 10 and right == round(row["found"] * trials)
+        assert list(row["found_by_depth"]) == ["0.1", "0.3", "0.5", "0.7", "0.9"]
+        assert tuple(map(sum, zip(*row["found_by_depth"].values()))) == (right, trials)
     found = {row["policy"]: row["found"] for row in record["rows"]}
     assert found["mean_std 1, pages of 8, 8-bit"] > found["sink + recent"]
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
