@@ -16,10 +16,11 @@ SINK_TOKENS, RECENT_TOKENS = 16, 64  # QuestConfig's defaults
 
 @dataclass(frozen=True)
 class Pages:
-    """How Quest divides the blocks of a pool: tokens a page, and bounds in 8 bits or in the cache's dtype."""
+    """How Quest divides the blocks of a pool: tokens a page, which bounds, and these in 8 bits or the cache's dtype."""
 
     size: int = 16
     eight_bit: bool = False
+    bound: str = "minmax"
 
     @property
     def sink(self) -> int:
@@ -45,6 +46,7 @@ class Case:
     budget: int = 2048  # tokens
     dtype: torch.dtype = torch.float16
     layout: str = "HND"  # of a pool in memory: "HND" or "NHD"
+    head_dim: int = HEAD_DIM  # the peers take no other
 
     @property
     def batch(self) -> int:
@@ -77,9 +79,9 @@ def counted_bytes(case: Case, path: str, pages: Pages) -> int:
     fit the budget needs no metadata.
     """
     element, heads, page_budget = case.dtype.itemsize, case.kv_heads, case.budget // pages.size
-    vector = heads * HEAD_DIM * element
-    bounds = 2 * heads * HEAD_DIM * case.metadata_dtype(pages).itemsize  # of a page
-    query = case.batch * case.query_heads * HEAD_DIM * element
+    vector = heads * case.head_dim * element
+    bounds = 2 * heads * case.head_dim * case.metadata_dtype(pages).itemsize  # of a page
+    query = case.batch * case.query_heads * case.head_dim * element
     counts = [math.ceil(length / pages.size) for length in case.lengths]
     # The last page, always chosen, holds fewer tokens than the others where the length is no multiple of a page.
     kept = sum(min(length, length - (n - page_budget) * pages.size) for length, n in zip(case.lengths, counts))
@@ -113,14 +115,13 @@ class Layers:
         torch.manual_seed(0)
         num_blocks = sum(case.blocks)
         inner = (case.kv_heads, case.block_size) if case.layout == "HND" else (case.block_size, case.kv_heads)
-        shape = (num_blocks, 2, *inner, HEAD_DIM)
+        shape = (num_blocks, 2, *inner, case.head_dim)
         self.count = self._count(math.prod(shape) * case.dtype.itemsize)
         self.pools = [torch.empty(shape, device=device, dtype=case.dtype).normal_() for _ in range(self.count)]
-        nhd = [pool.transpose(2, 3) if case.layout == "HND" else pool for pool in self.pools]
-        self.k, self.v = [pool[:, 0] for pool in nhd], [pool[:, 1] for pool in nhd]  # [num_blocks, S, Hkv, D]
-        rows = (case.batch, case.query_heads, HEAD_DIM)
+        self.k, self.v = zip(*map(self.keys_and_values, self.pools))
+        rows = (case.batch, case.query_heads, case.head_dim)
         self.queries = [torch.randn(rows, device=device, dtype=case.dtype) for _ in self.pools]
-        self.new_kv = torch.randn(2, case.batch, case.kv_heads, HEAD_DIM, device=device, dtype=case.dtype)
+        self.new_kv = torch.randn(2, case.batch, case.kv_heads, case.head_dim, device=device, dtype=case.dtype)
         self.table = torch.zeros(case.batch, max(case.blocks), device=device, dtype=torch.int32)
         order = torch.randperm(num_blocks, device=device, dtype=torch.int32)
         for row, blocks in zip(self.table, order.split(case.blocks)):
@@ -131,6 +132,10 @@ class Layers:
         self.slots = last_block * case.block_size + last % case.block_size
         self.workspace = torch.zeros(quest_ops.ops.WORKSPACE_BYTES, device=device, dtype=torch.uint8)
         self._metadata = {}
+
+    def keys_and_values(self, pool: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The views of a pool, each `[num_blocks, S, Hkv, D]`."""
+        return (pool.transpose(2, 3) if self.case.layout == "HND" else pool).unbind(1)
 
     def _count(self, layer_bytes: int) -> int:
         if self.device == "cpu":
@@ -143,15 +148,17 @@ class Layers:
         """Of each layer, `[num_blocks, Hkv, M, 2, D]`."""
         if pages not in self._metadata:
             case, parts = self.case, self.case.block_size // pages.size
-            shape, dtype = (sum(case.blocks), case.kv_heads, parts, 2, HEAD_DIM), case.metadata_dtype(pages)
+            shape, dtype = (sum(case.blocks), case.kv_heads, parts, 2, case.head_dim), case.metadata_dtype(pages)
             made = [torch.zeros(shape, device=pool.device, dtype=dtype) for pool in self.pools]
+            starts = torch.zeros_like(self.lens)
             for k, metadata in zip(self.k, made):
-                quest_ops.update_page_metadata(k, metadata, self.table, self.lens, torch.zeros_like(self.lens))
+                quest_ops.update_page_metadata(k, metadata, self.table, self.lens, starts, bound=pages.bound)
             self._metadata[pages] = made
         return self._metadata[pages]
 
     def append(self, i: int, pages: Pages) -> None:
-        quest_ops.append_paged_kv(*self.new_kv, self.k[i], self.v[i], self.metadata(pages)[i], self.slots)
+        pools = self.k[i], self.v[i], self.metadata(pages)[i]
+        quest_ops.append_paged_kv(*self.new_kv, *pools, self.slots, bound=pages.bound)
 
     def estimate(self, i: int, pages: Pages) -> torch.Tensor:
         metadata = self.metadata(pages)[i]
@@ -169,9 +176,12 @@ class Layers:
         return self.attend(i, *self.select(self.estimate(i, pages), pages), pages)
 
     def quest(self, i: int, pages: Pages = MAIN_PAGES[0], **options) -> torch.Tensor:
+        return self.quest_and_lse(i, pages, **options)[0]
+
+    def quest_and_lse(self, i: int, pages: Pages, **options) -> tuple[torch.Tensor, torch.Tensor]:
         pools = self.k[i], self.v[i], self.metadata(pages)[i], self.table, self.lens
         choice = self.case.budget // pages.size, pages.sink, pages.recent, "max"
-        return quest_ops.quest_decode_attention(self.queries[i], *pools, *choice, **options)[0]
+        return quest_ops.quest_decode_attention(self.queries[i], *pools, *choice, **options)
 
     def dense(self, i: int, **options) -> torch.Tensor:
         pools = self.k[i], self.v[i], self.table, self.lens
