@@ -23,7 +23,7 @@ from quest_ops.llama.weights import expected_shapes
 ROOT = Path(__file__).parent.parent
 MODULES = (
     "timing", "cases", "peers", "phases", "record", "figures", "kernels", "break_even", "decoders", "end_to_end",
-    "policies", "attend", "fidelity", "forced", "tasks", "accuracy",
+    "policies", "attend", "fidelity", "forced", "tasks", "accuracy", "recordings", "exactness", "recorded",
 )  # fmt: skip
 ROW_KEYS = {"case", "path", "metadata", "page_size", "us", "flashinfer_us", "sdpa_us", "floor_us", "gbps", "ratio"}
 
@@ -339,12 +339,16 @@ def test_a_document_holds_each_fact_at_its_depth_and_a_question_asks_for_it(benc
     assert kinds == ["letters"] * 4 + ["capitals"] * 4 + ["letters"] * 5 + ["capitals"] * 5 + ["list"] * 12
 
 
-def small_documents(bench):
+def small_model(bench, vocab_size=100, device="cpu"):
     config = dataclasses.replace(
         bench.decoders.SHAPES["llama-3.1-8b"], num_hidden_layers=3, hidden_size=64, intermediate_size=64,
-        vocab_size=100, head_dim=64, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=vocab_size, head_dim=64, num_attention_heads=4, num_key_value_heads=2,
     )  # fmt: skip
-    model = random_llama(config, torch.float32, "cpu")
+    return random_llama(config, torch.float32, device)
+
+
+def small_documents(bench):
+    model = small_model(bench)
     generator = torch.Generator().manual_seed(0)
     prefixes = [torch.randint(100, (n,), generator=generator).tolist() for n in (210, 144, 155)]
     tails = [
@@ -563,3 +567,234 @@ def test_accuracy_says_in_one_line_what_it_cannot_do(arguments, message):
 def test_accuracy_without_a_gpu_names_the_quick_run():
     done = run_script("accuracy.py", "passkey")
     assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith("--quick makes a small table on the CPU")
+
+
+@torch.inference_mode()
+def test_recordings_are_what_the_cache_holds_and_what_each_token_asks(bench):
+    documents, _ = small_documents(bench)
+    model, cache = documents.model, documents.dense
+    asked = {}
+
+    class LastQuery:
+        def run(self, layer, query, key, value):
+            asked[layer] = query[-1]
+            return bench.recordings.causal_attention(query, key.transpose(0, 1), value.transpose(0, 1), 1 / 8)
+
+    found = bench.recordings.recordings_of(model, documents.prefixes, [0, 2], 3, torch.float32)
+    for layer, recordings in zip((0, 2), found):
+        for seq, (recording, prefix) in enumerate(zip(recordings, documents.prefixes)):
+            for held, pool in ((recording.keys, cache.k_cache(layer)), (recording.values, cache.v_cache(layer))):
+                expected = pool[cache.block_ids(seq)].flatten(0, 1)[: len(prefix)]
+                torch.testing.assert_close(held, expected, rtol=1e-4, atol=1e-4)
+            for b, query in enumerate(recording.queries):
+                read = torch.tensor(prefix[: len(prefix) - 13 * b])
+                model(read, torch.arange(len(read)), LastQuery())
+                torch.testing.assert_close(query, asked[layer], rtol=1e-4, atol=1e-4)
+            assert len(recording.queries) == 3
+
+
+def test_a_recorded_context_is_whole_documents_and_ends_with_its_query(bench):
+    """A key is 100 times its document plus its place in it, a value the same below zero; layer 1 adds 1,000."""
+    tokens = torch.arange(32.0)[:, None, None].expand(32, 2, 64)
+
+    def recording(layer, document):
+        keys = tokens + 100 * document + 1000 * layer
+        return bench.recordings.Recording(keys, -keys, keys[[31, 18, 5]].repeat(1, 2, 1))
+
+    recordings = [[recording(layer, document) for document in range(3)] for layer in range(2)]
+    lengths = bench.recordings.lengths_of(70, 3)
+    assert lengths == (70, 57, 44)
+    case = bench.cases.Case("small", lengths, 2, 4, dtype=torch.float32, head_dim=64)
+    layers = bench.recordings.RecordedLayers(case, "cpu", recordings)
+
+    def held(i, b):
+        keys, values = (pool[i][layers.table[b, : case.blocks[b]]].flatten(0, 1) for pool in (layers.k, layers.v))
+        assert torch.equal(keys[: lengths[b]], -values[: lengths[b]]) and len(keys[0].unique()) == 1
+        return keys[: lengths[b], 0, 0].tolist()
+
+    whole = [list(range(100 * document, 100 * document + 32)) for document in range(3)]
+    assert held(0, 0) == [*whole[1][:6], *whole[2], *whole[0]]
+    assert held(2, 1) == [*whole[0][:6], *whole[1], *whole[2][:19]]
+    assert held(1, 2) == [1000 + key for key in [*whole[0][:6], *whole[1], *whole[2][:6]]]
+    for i, b in itertools.product(range(layers.count), range(3)):
+        assert layers.queries[i][b].unique().tolist() == [held(i, b)[-1]]
+
+
+def small_recorded_layers(bench, pages, dtype=torch.bfloat16, device="cpu"):
+    documents = [[(7 * i + j * j) % 100 for j in range(208)] for i in range(3)]
+    recordings = bench.recordings.recordings_of(small_model(bench, device=device), documents, [0, 2], 2, dtype)
+    lengths = bench.recordings.lengths_of(600, 2)
+    case = bench.cases.Case("small", lengths, 2, 4, (pages,), budget=160, dtype=dtype, head_dim=64)
+    return bench.recordings.RecordedLayers(case, device, recordings)
+
+
+def one_recent_page_less(op, *arguments):
+    return op(*arguments[:8], arguments[8] - 1, *arguments[9:])
+
+
+def one_page_less(op, *arguments):
+    return op(*arguments[:6], arguments[6] - 1, *arguments[7:])
+
+
+def larger_output(op, *arguments):
+    out, lse = op(*arguments)
+    return out * (1 + 2**-5), lse
+
+
+def larger_lse(op, *arguments):
+    out, lse = op(*arguments)
+    return out, lse + 0.01
+
+
+def a_single_nan(op, *arguments):
+    out, lse = op(*arguments)
+    out[1, 3, 5] = torch.nan
+    return out, lse
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@torch.inference_mode()
+def test_a_wrong_choice_and_a_wrong_output_are_reported(bench, monkeypatch, device, number):
+    pages = bench.recorded.PAGES[number]
+    monkeypatch.setattr(bench.cases.Layers, "OVERFLOW_BYTES", 1)  # on a GPU: few layers
+    layers = small_recorded_layers(bench, pages, device=device)
+    for keys, metadata in zip(layers.k, layers.metadata(pages)):
+        expected, starts = torch.zeros_like(metadata), torch.zeros_like(layers.lens)
+        quest_ops.reference.update_page_metadata(
+            keys, expected, layers.table, layers.lens, starts, bound=("minmax", "mean_std")[number]
+        )
+        assert torch.equal(metadata.view(torch.uint8), expected.view(torch.uint8))
+    right, op = bench.exactness.summary(layers, pages), quest_ops.quest_decode_attention
+    assert bench.exactness.is_exact(right) and right["other_choices"] == right["differing"] == 0
+    assert (right["outputs"], right["choices"]) == (layers.count * 2 * 4, layers.count * 2 * 2)
+    assert 0.1 < right["error"] < 1.1 and 0.1 < right["separate_error"] < 1.1
+    for wrong in (one_recent_page_less, one_page_less, larger_output, larger_lse, a_single_nan):
+        monkeypatch.setattr(
+            quest_ops, "quest_decode_attention", lambda *arguments, workspace, f=wrong: f(op, *arguments)
+        )
+        found = bench.exactness.summary(layers, pages)
+        assert not bench.exactness.is_exact(found), wrong.__name__
+        if wrong in (one_recent_page_less, one_page_less):  # exact for the pages that were chosen
+            assert found["other_choices"] > found["choices"] / 2 and found["ties"] == found["differing"] == 0
+        else:
+            assert found["other_choices"] == 0
+            assert found["differing"] == (layers.count if wrong is a_single_nan else found["outputs"])
+            assert math.isnan(found["error"]) == (wrong is a_single_nan)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@torch.inference_mode()
+def test_only_rounding_excuses_another_choice(bench, number):
+    pages = bench.recorded.PAGES[number]
+    layers = small_recorded_layers(bench, pages, torch.float32)
+    parts = 16 // pages.size
+
+    def bounds(page):  # of row 1, KV head 1
+        return layers.metadata(pages)[2][layers.table[1, page // parts], 1, page % parts]
+
+    def tie(lost, gained):
+        return bench.exactness.is_tie(layers, 2, pages, 1, 1, torch.tensor(lost), torch.tensor(gained))
+
+    scores = layers.estimate(2, pages)[1, 1, 12:17]
+    a, b = 12 + int(scores.argmin()), 12 + int(scores.argmax())
+    assert not tie([a], [b]) and not tie([b], [a]), "their scores differ"
+    bounds(9).copy_(bounds(a))
+    assert tie([a], [9]) and not tie([9], [a]), "of equal pages the earlier one is chosen"
+    assert not tie([a], [9, 10]) and not tie([a, 10], [9]), "so many pages are chosen, whatever their scores"
+    for always in (0, -(-587 // pages.size) - 1):
+        bounds(always).copy_(bounds(a))
+        assert not tie([always], [9])
+    if not pages.eight_bit:
+        bounds(9).mul_(1 + 1e-6)
+        assert tie([a], [9]) and tie([9], [a])
+        bounds(9).mul_(1 + 1e-3)
+        assert not tie([a], [9]) and not tie([9], [a])
+
+
+@pytest.mark.parametrize("equal", [True, False])
+@torch.inference_mode()
+def test_the_later_of_two_pages_at_the_cut_is_a_tie_unless_they_are_equal(bench, monkeypatch, equal):
+    pages = bench.recorded.PAGES[0]
+    layers = small_recorded_layers(bench, pages, torch.float32)
+    page_ids, _ = layers.select(layers.estimate(2, pages), pages)
+    chosen = page_ids[1, 1].tolist()
+    lowest = min(chosen[1:-4], key=lambda page: layers.estimate(2, pages)[1, 1, page])
+    later = max(set(range(33)) - set(chosen))
+    assert later > lowest
+
+    def raise_score(metadata, factor):
+        metadata[layers.table[1, later], 1, 0, 1] += factor * metadata[layers.table[1, later], 1, 0, 1].abs()
+        return metadata
+
+    metadata = layers.metadata(pages)[2]
+    metadata[layers.table[1, later], 1] = metadata[layers.table[1, lowest], 1]
+    if not equal:
+        raise_score(metadata, -1e-6)
+    op = quest_ops.quest_decode_attention
+    monkeypatch.setattr(
+        quest_ops, "quest_decode_attention",
+        lambda *arguments, workspace: op(*arguments[:3], raise_score(arguments[3].clone(), 2e-6), *arguments[4:]),
+    )  # fmt: skip
+    found = bench.exactness.check_layer(layers, 2, pages)
+    assert (found["other_choices"], found["ties"], found["equal_at_the_cut"]) == (1, int(not equal), int(equal))
+    assert bench.exactness.is_exact(found | {"differing": 0}) != equal  # float32 outputs are not what it is for
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_recorded_fails_where_a_choice_is_wrong(bench, monkeypatch, tmp_path, capsys, exact):
+    model, op = small_model(bench, vocab_size=256), quest_ops.quest_decode_attention
+    monkeypatch.setattr(bench.recorded.Llama, "load", lambda *arguments, **options: (model, Bytes()))
+    monkeypatch.setattr(bench.cases, "wall_us", lambda calls: len([call() for call in calls]))
+    if not exact:
+        monkeypatch.setattr(
+            quest_ops, "quest_decode_attention", lambda *arguments, workspace: one_recent_page_less(op, *arguments)
+        )
+    sizes = "--layers 0 2 --documents 3 --context 256 600 --batch 1 2 --budget 160 256".split()
+    monkeypatch.setattr(sys, "argv", ["recorded.py", "--quick", *sizes, "--json", str(tmp_path / "r.json")])
+    if exact:
+        bench.recorded.main()
+    else:
+        with pytest.raises(SystemExit, match="not exact: 12 of 12 rows"):
+            bench.recorded.main()
+    printed = capsys.readouterr()
+    assert "a budget of 256 covers a context of 243: nothing to choose" in printed.err
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert [row["case"] for row in rows[::2]] == ["256-b1", "256-b2", *["600-b1"] * 2, *["600-b2"] * 2]
+    assert len(printed.out.splitlines()) == 1 + len(rows)
+
+
+def test_quick_recorded_run_writes_rows(smollm2, tmp_path):
+    sizes = "--context", "512", "1024", "--budget", "256", "--batch", "2"
+    done = run_script("recorded.py", "--quick", *sizes, "--json", tmp_path / "r.json")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert {"gpu", "torch", "command", "csrc_tree", "texts", "recorded_layers", "rows"} <= set(record)
+    settings = [(row["case"], row["page_size"], row["metadata"], row["bound"]) for row in record["rows"]]
+    assert settings == [
+        (case, *pages)
+        for case in ("512-b2", "1k-b2")
+        for pages in ((16, "16", "minmax"), (8, "8", "mean_std"))
+    ]  # fmt: skip
+    for row in record["rows"]:
+        assert row["ratio"] == pytest.approx(row["recorded_us"] / row["random_us"]) and 0 < row["error"] <= 1
+        assert row["differing"] == row["other_choices"] == 0 and row["outputs"] == 3 * row["choices"] == 4 * 2 * 9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--quick", "--budget", "64"), "--budget must be at least 96, got 64"),
+        (("--quick", "--batch", "100", "--context", "512"), "a document of 512 tokens has fewer recorded queries"),
+        (("--quick", "--figure", "r.png"), "--figure: there is none of these rows"),
+        (("--quick", "--text", "nowhere.txt"), "--text: no such file: nowhere.txt"),
+    ],
+)
+def test_recorded_says_in_one_line_what_it_cannot_do(arguments, message):
+    done = run_script("recorded.py", *arguments)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith(message)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_recorded_without_a_gpu_names_the_quick_run():
+    done = run_script("recorded.py")
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith("--quick runs one short document on the CPU")
