@@ -5,7 +5,7 @@ Needs a library that notes the clock, which is slower by a few percent; build on
     QUEST_OPS_PHASE_CLOCKS=1 QUEST_OPS_CUDA_ARCHS=90 pip install --no-build-isolation -e .
     python benchmarks/kernels.py --phases
 
-A row is the median over the blocks of the last launch, with metadata in 16 bits. "before" is what a block spends
+A row is the median over the blocks of the last launch. "before" is what a block spends
 waiting for the previous launch to end; the rest adds up to a launch. Phases end where a block's first thread passes,
 so that what its other warps still wait for counts into the phase after.
 """
@@ -23,23 +23,26 @@ PHASES = {
     "before": 1, "score": 2, "keys": 3, "threshold": 4, "list": 5, "attend": 6, "publish": 7, "parts": 8, "merge": 9,
 }  # fmt: skip
 CLOCKS_SHAPE = (264, 8, 10)  # blocks, warps, marks: phase_clocks in csrc/cuda/team.cuh, unsigned
+READERS = {"16": "quest_read_phase_clocks", "8": "quest_read_phase_clocks_8bit"}  # by the bits of the metadata
 
 
 class PhaseClocks:
     """The clocks that the last fused launch noted. Raises RuntimeError where the library notes none."""
 
     def __init__(self):
-        library = ctypes.CDLL(str(quest_ops._LIBRARY))
-        if not hasattr(library, "quest_read_phase_clocks"):
+        self._library = ctypes.CDLL(str(quest_ops._LIBRARY))
+        if not hasattr(self._library, READERS["16"]):
             raise RuntimeError(
                 f"{quest_ops._LIBRARY} notes no clocks: build it with QUEST_OPS_PHASE_CLOCKS=1 (phases.py)"
             )
-        self._read = library.quest_read_phase_clocks
 
-    def read(self) -> torch.Tensor:
-        """[blocks, marks] int64 of each block's first warp; blocks that the launch did not have keep earlier clocks."""
+    def read(self, bits: str) -> torch.Tensor:
+        """[blocks, marks] int64 of each block's first warp; blocks that the launch did not have keep earlier clocks.
+
+        bits: "8" or "16", a number of the metadata that the launch had.
+        """
         clocks = torch.zeros(CLOCKS_SHAPE, dtype=torch.uint32)
-        error = self._read(ctypes.c_void_p(clocks.data_ptr()))
+        error = getattr(self._library, READERS[bits])(ctypes.c_void_p(clocks.data_ptr()))
         if error:
             raise RuntimeError(f"reading the clocks failed with CUDA error {error}")
         return clocks[:, 0].long()
@@ -63,18 +66,17 @@ def measure(clocks: PhaseClocks, cases: list[Case]) -> list[dict]:
             continue
         layers = Layers(case)
         for pages in case.pages:
-            if pages.eight_bit:  # kernels of a source file note clocks of their own; these are of the 16-bit ones
-                continue
-            where = f"{case.name:22}{pages.size:5}{case.metadata_bits(pages):>5}"
-            before = clocks.read()
+            bits = case.metadata_bits(pages)
+            where = f"{case.name:22}{pages.size:5}{bits:>5}"
+            before = clocks.read(bits)
             us = layers.us(lambda i, at=layers, p=pages: at.quest(i, p, workspace=at.workspace))
-            cycles = median_cycles(before, clocks.read())
+            cycles = median_cycles(before, clocks.read(bits))
             if cycles is None:
                 print(f"{where}{us:9.2f}  not the fused path", flush=True)
                 continue
             total = sum(cycles.values()) - cycles["before"]
             print(f"{where}{us:9.2f}" + "".join(f"{c:11}" for c in [*cycles.values(), total]), flush=True)
-            shared = {"case": case.name, "page_size": pages.size, "metadata": case.metadata_bits(pages)}
+            shared = {"case": case.name, "page_size": pages.size, "metadata": bits}
             rows.append(shared | {"us": us, "cycles": cycles})
         del layers
         torch.cuda.empty_cache()

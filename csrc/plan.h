@@ -57,10 +57,10 @@ inline int32_t plan_attention_splits(Chip chip, int64_t items, int64_t tiles, in
 }
 
 // The fused decode: a team of 2^n blocks for each (row, KV head), all of them resident, that meet in a workspace.
-constexpr int kMaxFusedPages = 64 * 256;  // 64 keys for each of a block's 256 threads
-constexpr int kMostDirectPages = 4096;    // above, blocks exchange shortlists first
-constexpr int kShortlistEntries = 2048;   // of a team
-constexpr int kTeamWarps = 8;             // a block
+constexpr int kMaxFusedPages = 1 << 17;
+constexpr int kMostDirectPages = 4096;   // above, blocks exchange shortlists first
+constexpr int kShortlistEntries = 2048;  // of a team
+constexpr int kTeamWarps = 8;            // a block
 constexpr int kMaxTeamLog2 = 4, kMaxTeam = 1 << kMaxTeamLog2;
 constexpr int kMaxTeamGroup = 8;  // query heads a KV head: the columns of an mma
 constexpr int64_t kWorkspaceBytes = 8 << 20;

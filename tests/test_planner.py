@@ -102,9 +102,9 @@ def test_team_of_one_launch(chip, teams, head_dim, team_size, max_pages):
         (90, 1, 1, 16),
         (90, 8, 0, 16),
         (90, 8, 4097, 16),  # blocks exchange shortlists
-        (90, 8, 16384, 16),  # 256 threads hold 64 keys each
-        (120, 8, 16384, 16),
-        (90, 8, 16385, 0),
+        (90, 8, 2**17, 16),
+        (120, 8, 2**17, 16),
+        (90, 8, 2**17 + 1, 0),
         (90, 9, 2048, 0),  # more query heads than columns of an mma
         (90, 9, 0, 0),
         (89, 8, 2048, 0),

@@ -16,10 +16,6 @@ cudaError_t launch_quest_decode_attention(const FusedParams& p, int32_t size_log
                : launch_team_decode_attention<Same>(p, size_log2, workspace, chip, stream);
 }
 
-}  // namespace quest::cuda
+QUEST_READ_PHASE_CLOCKS(quest_read_phase_clocks)
 
-#ifdef QUEST_PHASE_CLOCKS
-extern "C" __attribute__((visibility("default"))) int quest_read_phase_clocks(unsigned* clocks) {
-    return cudaMemcpyFromSymbol(clocks, quest::cuda::phase_clocks, sizeof(quest::cuda::phase_clocks));
-}
-#endif
+}  // namespace quest::cuda

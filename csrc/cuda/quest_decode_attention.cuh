@@ -7,8 +7,8 @@
 // K and V, and by the latency of two exchanges.
 #pragma once
 #include "launch.h"
-#include "score_tile.cuh"
 #include "team_guess.cuh"
+#include "team_inputs.cuh"
 #include "team_merge.cuh"
 #include "team_shortlist.cuh"
 
@@ -18,13 +18,13 @@ template <class T, class M, int D, int kChunks>
 __global__ void __launch_bounds__(kTeamThreads, D <= 128 ? 2 : 1)
     team_decode_attention_kernel(const FusedParams p, const int size_log2, uint32_t* workspace, const bool alone) {
 #if __CUDA_ARCH__ >= 900
-    constexpr bool kScores = !std::is_void_v<M>, kLists = kChunks * kKeysAtOnce > kMostDirectPages;
-    extern __shared__ __align__(16) float warp_out[];  // [warps, head_offset(group)]; before that, each warp's keys
-    __shared__ SelectionShared<kChunks> selecting;
+    constexpr bool kScores = !std::is_void_v<M>, kLists = kChunks == 0;
+    // [warps, head_offset(group)]; before that, each warp's keys, then perhaps `words`.
+    extern __shared__ __align__(16) float warp_out[];
+    __shared__ typename BlockSelect<kTeamThreads>::Shared selecting;
+    __shared__ __align__(16) uint32_t chosen_words[(kLists ? kShortlistChunks : kChunks) * kWarp];
     __shared__ WarpSums<kTeamWarps> sums;
-    // As each lane of a warp wants it, whichever the warp: to attend, and to score by metadata in 8 bits.
-    constexpr bool kNarrow = std::is_same_v<M, __nv_fp8_e4m3>;
-    __shared__ uint4 shared_query[D / 32][kWarp], narrow_query[kNarrow ? D / 32 : 1][kWarp];
+    __shared__ SharedQuery<T, M, D> query;
     const AttentionParams& a = p.attention;
     __shared__ uint32_t listed_pages[kLists ? kShortlistEntries : 1];
     __shared__ TeamPlace kept_place;  // until the merge: the registers are needed for loads in flight
@@ -43,91 +43,90 @@ __global__ void __launch_bounds__(kTeamThreads, D <= 128 ? 2 : 1)
     // Columns past the group repeat its last head.
     const T* query_head = row_of<T>(a.query, row, kv_head * group + min(g, group - 1));
     mark_phase(0);
-    if (!kScores || !alone) let_successor_start();
-    int first = (warp * size + rank) * kTileTokens;  // of the pages that this warp scores
+    if (!alone) let_successor_start();
+    // Pages are dealt to the team's warps: tiles of 16, or, where the best of each warp are listed, one by one, since
+    // neighbours are often chosen together. A tile's pages are first, first + spread, ...; the next tile's a step on.
+    const int spread = kLists ? kTeamWarps * size : 1, step = kTeamWarps * size * kTileTokens;
+    int first = (warp * size + rank) * (kLists ? 1 : kTileTokens);
     Selection selection;
+    uint32_t* words = chosen_words;
+    int chunks = kLists ? kShortlistChunks : kChunks;
     bool listed = false;
-    int tokens, num_pages, kept;
-    auto read_lengths = [&] {
-        int budget = p.page_budget;
-        if (p.page_budgets)
-            budget = min(max(p.page_budgets[p.budget_heads == 1 ? row : team], p.sink_pages + p.recent_pages), budget);
-        tokens = table.visible(a.seq_lens[row]);
-        num_pages = table.pages(tokens);
-        kept = min(budget, num_pages);
-    };
-
-    auto keep_query = [&] {  // the warps share the work
-        for (int c = warp; c < D / 32; c += kTeamWarps) {
-            shared_query[c][lane] = *reinterpret_cast<const uint4*>(query_head + 32 * c + 8 * t);
-            if constexpr (kNarrow)
-                narrow_query[c][lane] = *reinterpret_cast<const uint4*>(query_head + PageTile<T, M, D>::channel(c));
-        }
-    };
+    RowLengths row_lengths;
+    int &tokens = row_lengths.tokens, &num_pages = row_lengths.num_pages, &kept = row_lengths.kept;
 
     if constexpr (kScores) {
         using Tile = PageTile<T, M, D>;
-        BlockSelect<kTeamThreads>{selecting.select}.clear_bins();
+        BlockSelect<kTeamThreads> select{selecting};
+        select.clear_bins();
         int guess[2] = {0, 0};
-        const bool guesses = alone && guess_blocks<M, D>(guess, p, table, row, kv_head, first);
+        const bool guesses = alone && guess_blocks<M, D>(guess, p, table, row, kv_head, first, spread);
+        if (Tile::kNarrow && guesses) {  // tiles of half the bytes: the second one, too
+            int second[2];
+            guess_blocks<M, D>(second, p, table, row, kv_head, first + step, spread);
+        }
         const char* metadata = Tile::lane_part(p.metadata, kv_head);
         const uint32_t block_bytes = bytes_of<M>(p.metadata.block_stride);
         wait_for_predecessor();
         mark_phase(1);
 
-        // The few words that decide come first: loads return in their order.
-        read_lengths();
-        auto block_of = [&](int page) { return page < table.max_pages ? table.block(page) : 0; };
-        int blocks[2] = {block_of(first + g), block_of(first + g + 8)};
-        constexpr int kTilesAhead = kNarrow ? 2 : 1;  // loads in flight: 64 registers of a lane
+        const int asked = RowLengths::ask(p, row, team);
+        auto block_of = [&](int page, int end) { return page < end ? table.block(page) : 0; };
+        auto blocks_at = [&](int (&blocks)[2], int first, int end) {
+            blocks[0] = block_of(first + g * spread, end), blocks[1] = block_of(first + (g + 8) * spread, end);
+        };
+        int blocks[2];
+        blocks_at(blocks, first, table.max_pages);
+        const auto asked_query = query.ask(query_head);
+        constexpr int kTilesAhead = Tile::kNarrow ? 2 : 1;  // loads in flight: 64 registers of a lane
         Tile tiles[kTilesAhead];
-        auto source_of = [&](int (&blocks)[2], int first) {
-            const PagePlace places[2] = {{blocks[0], table.part(first + g)}, {blocks[1], table.part(first + g + 8)}};
+        auto source_of = [&](const int (&blocks)[2], int first) {
+            const PagePlace places[2] = {{blocks[0], table.part(first + g * spread)},
+                                         {blocks[1], table.part(first + (g + 8) * spread)}};
             return typename Tile::Source(metadata, block_bytes, places);
         };
         if (guesses) tiles[0].load(source_of(guess, first));
         table.prefetch();
-        keep_query();
-        __syncthreads();
+        row_lengths.take(asked, p, table);
+        // Score: tiles of 16 pages. Pages that do not exist take block 0.
         if (kept < num_pages) {
-            // Score: tiles of 16 pages, dealt to the team's blocks one by one. Pages that do not exist take block 0.
-            const int step = kTeamWarps * size * kTileTokens;
-            auto blocks_at = [&](int (&blocks)[2], int first) {
-                blocks[0] = first + g < num_pages ? table.block(first + g) : 0;
-                blocks[1] = first + g + 8 < num_pages ? table.block(first + g + 8) : 0;
-            };
-            if (first + g >= num_pages) blocks[0] = 0;
-            if (first + g + 8 >= num_pages) blocks[1] = 0;
+            if (first + g * spread >= num_pages) blocks[0] = 0;
+            if (first + (g + 8) * spread >= num_pages) blocks[1] = 0;
             if (!guesses || __any_sync(kAllLanes, blocks[0] != guess[0] || blocks[1] != guess[1]))
                 if (first < num_pages) tiles[0].load(source_of(blocks, first));
 #pragma unroll
             for (int i = 1; i < kTilesAhead; ++i)
                 if (first + i * step < num_pages) {
-                    blocks_at(blocks, first + i * step);
+                    blocks_at(blocks, first + i * step, num_pages);
                     tiles[i].load(source_of(blocks, first + i * step));
                 }
-            blocks_at(blocks, first + kTilesAhead * step);
+            blocks_at(blocks, first + kTilesAhead * step, num_pages);
+        }
+        query.keep(asked_query);
+        __syncthreads();
+        if (kept < num_pages) {
             uint32_t best_key = 0;
             int best_page = 0;
             const int first_forced = num_pages - p.recent_pages, capacity = warp_keys_capacity(table.max_pages, size);
-            WarpKeys mine{reinterpret_cast<uint32_t*>(warp_out) + warp * capacity, 0, first, step};
+            WarpKeys mine{reinterpret_cast<uint32_t*>(warp_out) + warp * capacity, 0, first, spread, step};
             while (first < num_pages) {
 #pragma unroll
                 for (int i = 0; i < kTilesAhead; ++i) {
                     if (first >= num_pages) break;
                     const int next = first + kTilesAhead * step;
                     const typename Tile::Source source = source_of(blocks, next);
-                    blocks_at(blocks, next + step);
+                    blocks_at(blocks, next + step, num_pages);
                     float c[4];
                     tiles[i].multiply(
-                        c, [&](int chunk) { return kNarrow ? narrow_query[chunk][lane] : shared_query[chunk][lane]; },
+                        c, [&](int chunk) { return query.to_score(chunk); },
                         [&](int part) {
                             if (next < num_pages) tiles[i].load_part(source, part);
+                            __syncwarp();  // in this order: ptxas would ask late
                         });
                     HeadReducer reducer(p.head_reduction);
                     reducer.include(c, 0, group);
                     const uint32_t key = sort_key(reducer.score(group));
-                    const int page = first + g + 8 * t;
+                    const int page = first + (g + 8 * t) * spread;
                     if constexpr (kLists) {
                         const bool forced = page < p.sink_pages || page >= first_forced;
                         if (t < 2)
@@ -145,7 +144,7 @@ __global__ void __launch_bounds__(kTeamThreads, D <= 128 ? 2 : 1)
             }
             // A warp's best page, likely to be chosen, is fetched while the blocks exchange keys. Where the memory has
             // the next launch's bounds to fetch meanwhile, all of 16 bits, it does not pay.
-            if (size < kMaxTeam || kNarrow) {
+            if (size < kMaxTeam || Tile::kNarrow) {
                 const uint32_t best = __reduce_max_sync(kAllLanes, best_key);
                 const int page =
                     __shfl_sync(kAllLanes, best_page, __ffs(__ballot_sync(kAllLanes, best_key == best)) - 1);
@@ -155,10 +154,7 @@ __global__ void __launch_bounds__(kTeamThreads, D <= 128 ? 2 : 1)
             if constexpr (kLists) {
                 __syncwarp();
                 const unsigned slots = kShortlistEntries / kTeamWarps >> size_log2, at = rank * kTeamWarps + warp;
-                if (lists)
-                    mine.publish_shortlist(space.entries + at * slots * 2, space.bounds + at, slots);
-                else
-                    mine.publish_all(space.keys, num_pages);
+                if (lists) mine.publish_shortlist(space.entries + at * slots * 2, space.bounds + at, slots);
             }
             if (size < kMaxTeam) {
                 __syncthreads();  // all of the block's keys are on their way
@@ -167,15 +163,15 @@ __global__ void __launch_bounds__(kTeamThreads, D <= 128 ? 2 : 1)
             mark_phase(2);
             wait_for_team(space, size);
             if constexpr (kLists) {
-                if (lists) listed = select_listed(&selection, space, selecting, listed_pages, kept, size);
-                if (lists && !listed) {
+                if (lists) listed = select_listed(&selection, space, select, words, listed_pages, kept, size);
+                if (!listed) {
                     mine.publish_all(space.keys, num_pages);
-                    __syncthreads();
-                    BlockSelect<kTeamThreads>{selecting.select}.clear_bins();
-                    __syncthreads();
+                    words = reinterpret_cast<uint32_t*>(warp_out), chunks = (num_pages + kKeysAtOnce - 1) / kKeysAtOnce;
+                    selection = select_published(space, select, words, rank, num_pages, kept, size);
                 }
+            } else {
+                selection = select_pages<kChunks>(space, select, words, num_pages, p.sink_pages, first_forced, kept);
             }
-            if (!listed) selection = select_pages(space, selecting, num_pages, p.sink_pages, first_forced, kept);
         }
     } else {
         if (alone)
@@ -183,15 +179,17 @@ __global__ void __launch_bounds__(kTeamThreads, D <= 128 ? 2 : 1)
                              kTeamWarps * kTileTokens << size_log2);
         wait_for_predecessor();
         mark_phase(1);
-        read_lengths();
-        kept = num_pages;
-        keep_query();
+        const int asked = RowLengths::ask(p, row, team);
+        const auto asked_query = query.ask(query_head);
         table.prefetch();
+        row_lengths.take(asked, p, table);
+        kept = num_pages;
+        query.keep(asked_query);
         __syncthreads();
     }
 
-    // The next launch may fetch its bounds beside this one's keys and values, not beside this one's bounds.
-    if (kScores && alone) let_successor_start();
+    // The next launch may fetch what it needs first, but not before this one has asked for most of what it needs.
+    if (kLists && alone) let_successor_start();
 
     // Attend: every size-th of the chosen pages from `rank` on, 16 tokens a warp at a time.
     mark_phase(5);
@@ -203,7 +201,7 @@ __global__ void __launch_bounds__(kTeamThreads, D <= 128 ? 2 : 1)
         for (int start = tile * kTileTokens;; start += 8) {
             const int index = start >> page_shift;
             const int n = (index << size_log2) + rank;
-            pages[1] = index >= num_mine ? -1 : kept < num_pages ? selection.place(selecting.words, n) : n;
+            pages[1] = index >= num_mine ? -1 : kept < num_pages ? selection.place(words, chunks, n) : n;
             if (kLists && listed && pages[1] >= 0) pages[1] = listed_pages[pages[1]];
             if (start % kTileTokens == 0) pages[0] = pages[1];
             if (page_shift > 3 || start % kTileTokens != 0) break;
@@ -228,33 +226,26 @@ __global__ void __launch_bounds__(kTeamThreads, D <= 128 ? 2 : 1)
             tile_tokens.load_keys(keys, runs);
             if constexpr (D <= 128) tile_tokens.load_values(values, runs);
         }
+        if (alone) let_successor_start();
         tile += kTeamWarps;
         find_pages(pages, tile);
         float score[4];
-        softmax.scores_of(score, tile_tokens, [&](int c) { return shared_query[c][lane]; }, scale);
+        softmax.scores_of(score, tile_tokens, [&](int c) { return query.to_attend(c); }, scale);
         if constexpr (D > 128) tile_tokens.load_values(values, runs);
         softmax.add(score, tile_tokens);
     }
 
+    if (alone) let_successor_start();
+    if (kLists && words != chosen_words) __syncthreads();  // warp_out is used again
     mark_phase(6);
     const TeamPlace again = kept_place;
     const TeamSpace mine(workspace, again.team, size, group, D, kScores ? table.max_pages : 0);
     merge_team<T, D>(a, mine, again, softmax, sums, warp_out, group, size_log2);
     mark_phase(9);
-    if constexpr (kScores) {
-        // The first warp has seen a part of every block, so all have read the keys.
-        if (kept < num_pages && warp == 0) {
-            if (lane == 0) publish(mine.done + again.rank, 0u);
-            for (int page = (again.rank + lane / kTileTokens * size) * kTileTokens + lane % kTileTokens;
-                 page < num_pages; page += 2 * size * kTileTokens)
-                if (!listed) publish(mine.keys + page, 0u);
-            if (kLists && kept <= kShortlistEntries / 2) {
-                if (lane < kTeamWarps) publish(mine.bounds + again.rank * kTeamWarps + lane, 0u);
-                const int words = 2 * kShortlistEntries >> size_log2;
-                for (int i = lane * 4; i < words; i += kWarp * 4)
-                    publish(mine.entries + again.rank * words + i, uint4{});
-            }
-        }
+    // The first warp has seen a part of every block, so all have read the keys.
+    if (kScores && kept < num_pages && warp == 0) {
+        const bool lists = kLists && kept <= kShortlistEntries / 2;
+        clear_exchange(mine, again.rank, size_log2, listed ? 0 : num_pages, lists);
     }
 #endif
 }
@@ -273,11 +264,11 @@ cudaError_t launch_team_decode_attention(const FusedParams& p, int32_t size_log2
         using T = decltype(element);
         constexpr int D = head_dim();
         using M = typename Metadata<T>::Type;
-        constexpr int kMostChunks = std::is_void_v<M> ? 1 : kMaxKeyChunks;
+        constexpr int kMostChunks = std::is_void_v<M> ? 1 : 0;  // 0: shortlists
         auto kernel = team_decode_attention_kernel<T, M, D, kMostChunks>;
         if constexpr (!std::is_void_v<M>) {
             const int32_t chunks = ceil_div(a.paging.max_pages(), kKeysAtOnce);
-            if (chunks <= 8) kernel = team_decode_attention_kernel<T, M, D, 8>;
+            static_assert(kMostDirectPages == 4 * kKeysAtOnce);
             if (chunks <= 4) kernel = team_decode_attention_kernel<T, M, D, 4>;
             if (chunks <= 2) kernel = team_decode_attention_kernel<T, M, D, 2>;
         }

@@ -14,4 +14,6 @@ cudaError_t launch_quest_decode_attention_8bit(const FusedParams& p, int32_t siz
     return launch_team_decode_attention<EightBits>(p, size_log2, workspace, chip, stream);
 }
 
+QUEST_READ_PHASE_CLOCKS(quest_read_phase_clocks_8bit)
+
 }  // namespace quest::cuda

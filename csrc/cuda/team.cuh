@@ -64,6 +64,21 @@ struct TeamSpace {
           keys(bounds + shortlist_words(max_pages)) {}
 };
 
+// By one warp of each block: the words that were written to find the selection are zero again. num_pages: 0 where no
+// keys were published.
+__device__ __forceinline__ void clear_exchange(const TeamSpace& space, int rank, int size_log2, int num_pages,
+                                               bool lists) {
+    const int lane = threadIdx.x % kWarp;
+    if (lane == 0) publish(space.done + rank, 0u);
+    for (int page = (rank + (lane / kTileTokens << size_log2)) * kTileTokens + lane % kTileTokens; page < num_pages;
+         page += 2 * kTileTokens << size_log2)
+        publish(space.keys + page, 0u);
+    if (!lists) return;
+    if (lane < kTeamWarps) publish(space.bounds + rank * kTeamWarps + lane, 0u);
+    const int words = 2 * kShortlistEntries >> size_log2;
+    for (int i = lane * 4; i < words; i += kWarp * 4) publish(space.entries + rank * words + i, uint4{});
+}
+
 // Where the time goes: in a build for that purpose, each warp notes the clock as it passes from phase to phase.
 #ifdef QUEST_PHASE_CLOCKS
 constexpr int kPhases = 10, kMaxClockedBlocks = 264;
@@ -74,7 +89,13 @@ __device__ __forceinline__ void mark_phase(int phase) {
     asm volatile("mov.u32 %0, %clock;" : "=r"(now)::"memory");
     phase_clocks[blockIdx.x][threadIdx.x / kWarp][phase] = now;
 }
+// Each source file has clocks of its own, and a function that reads them.
+#define QUEST_READ_PHASE_CLOCKS(name)                                                         \
+    extern "C" __attribute__((visibility("default"))) int name(unsigned* clocks) {            \
+        return cudaMemcpyFromSymbol(clocks, quest::cuda::phase_clocks, sizeof(phase_clocks)); \
+    }
 #else
+#define QUEST_READ_PHASE_CLOCKS(name)
 __device__ __forceinline__ void mark_phase(int) {}
 #endif
 

@@ -1,5 +1,5 @@
 // How every block of a team finds the same selection: it reads all published keys, finds the threshold, and notes a bit
-// for each chosen page. The n-th set bit is the n-th chosen page, in an order that all blocks agree on; blocks take
+// for each chosen place. The n-th set bit is the n-th chosen page, in an order that all blocks agree on; blocks take
 // turns.
 #pragma once
 #include "team.cuh"
@@ -7,34 +7,29 @@
 
 namespace quest::cuda {
 
-constexpr int kKeysAtOnce = 4 * kTeamThreads, kMaxKeyChunks = kMaxFusedPages / kKeysAtOnce;
+constexpr int kKeysAtOnce = 4 * kTeamThreads;  // a chunk of places
 
-template <int kChunks>
-struct SelectionShared {
-    BlockSelect<kTeamThreads>::Shared select;
-    alignas(16) uint32_t words[kChunks * kWarp];
-};
-
-// This thread's keys: four of every 1,024 pages. Word 4 w + j of bits has a bit for each lane of warp w: its j-th key.
-template <int kChunks>
+// This thread's keys: four of every 1,024 places. A place is a page's number, or, listed, an entry of a shortlist.
+template <int kChunks, bool kListed>
 struct TeamKeys {
-    uint32_t key[kChunks][4];
-    int num_chunks;
+    uint32_t key[kChunks][4], listed_page[kListed ? kChunks : 1][4];
 
-    // Few chunks are done without asking which of them there are: the keys of missing pages are harmless.
-    __device__ __forceinline__ bool has(int chunk) const { return kChunks <= 2 || chunk < num_chunks; }
-
+    static __device__ constexpr int chunks() { return kChunks; }
+    static __device__ constexpr uint32_t max_pages() { return kListed ? kMaxFusedPages : kChunks * kKeysAtOnce; }
+    __device__ __forceinline__ uint32_t page(int c, int j) const {
+        return kListed ? listed_page[c][j] : c * kKeysAtOnce + threadIdx.x * 4 + j;
+    }
+    template <class F>
+    __device__ __forceinline__ void for_chunks(F&& f) const {
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) f(c, key[c]);
+    }
     template <class F>
     __device__ __forceinline__ void for_each(F&& f) const {
 #pragma unroll
-        for (int c = 0; c < kChunks; ++c) {
-            if (!has(c)) break;
+        for (int c = 0; c < kChunks; ++c)
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const int page = c * kKeysAtOnce + threadIdx.x * 4 + j;
-                f(key[c][j], page, page);
-            }
-        }
+            for (int j = 0; j < 4; ++j) f(key[c][j], page(c, j), c * kKeysAtOnce + threadIdx.x * 4 + j);
     }
     __device__ void order_equals(uint32_t equal) {
 #pragma unroll
@@ -42,27 +37,24 @@ struct TeamKeys {
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 uint32_t& x = key[c][j];
-                x = x > equal ? kForcedKey : x == equal ? max_pages() - (c * kKeysAtOnce + threadIdx.x * 4 + j) : 0;
+                x = x > equal ? kForcedKey : x == equal ? max_pages() - page(c, j) : 0;
             }
     }
-    __device__ static constexpr uint32_t max_pages() { return kChunks * kKeysAtOnce; }
 };
 
-// The places of the chosen pages, as bits in shared memory.
+// The chosen places, as bits in shared memory: word 4 w + j of a chunk has one for each lane of warp w, its j-th key.
 struct Selection {
     unsigned before, here;  // set bits in lower lanes' words, and in this lane's
 
-    // The n-th chosen page's place; asked by a whole warp.
-    template <int kWords>
-    __device__ __forceinline__ int place(const uint32_t (&words)[kWords], unsigned n) const {
+    // The n-th chosen place; asked by a whole warp.
+    __device__ __forceinline__ int place(const uint32_t* words, int chunks, unsigned n) const {
         const int lane = threadIdx.x % kWarp;
         n -= before;
         const bool mine = n < here;
         if (!mine) n = 0;
         uint32_t word = words[lane];
         int base = (lane >> 2) * 128 + (lane & 3);
-#pragma unroll
-        for (int c = 1; c < kWords / kWarp; ++c) {
+        for (int c = 1; c < chunks; ++c) {
             const unsigned count = __popc(word);
             if (n < count) break;
             n -= count, word = words[c * kWarp + lane], base += kKeysAtOnce;
@@ -72,29 +64,21 @@ struct Selection {
     }
 };
 
-// Sets the bits of the keys that are kept.
-template <class Keys, int kWords>
+// Sets the bits of the keys that are kept, in kWarp words of every chunk.
+template <class Keys>
 __device__ __forceinline__ Selection mark_places(const Keys& keys, const Bracket& bracket,
-                                                 BlockSelect<kTeamThreads>& select, uint32_t (&words)[kWords]) {
-    constexpr int kChunks = kWords / kWarp;
+                                                 BlockSelect<kTeamThreads>& select, uint32_t* words) {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const bool whole = bracket.count == bracket.wanted;
     const uint32_t above = whole ? bracket.low - 1 : bracket.limit;
     bool holds_any = false;
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-        if (!keys.has(c)) break;
-        const uint4 bits{
-            __ballot_sync(kAllLanes, keys.key[c][0] > above), __ballot_sync(kAllLanes, keys.key[c][1] > above),
-            __ballot_sync(kAllLanes, keys.key[c][2] > above), __ballot_sync(kAllLanes, keys.key[c][3] > above)};
+    keys.for_chunks([&](int c, const uint32_t (&key)[4]) {
+        const uint4 bits{__ballot_sync(kAllLanes, key[0] > above), __ballot_sync(kAllLanes, key[1] > above),
+                         __ballot_sync(kAllLanes, key[2] > above), __ballot_sync(kAllLanes, key[3] > above)};
         if (lane == 0) *reinterpret_cast<uint4*>(&words[c * kWarp + warp * 4]) = bits;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) holds_any |= bracket.holds(keys.key[c][j]);
-    }
-    if (warp == 0)  // words of chunks that there are not
-#pragma unroll
-        for (int c = 1; c < kChunks; ++c)
-            if (!keys.has(c)) words[c * kWarp + lane] = 0;
+        for (int j = 0; j < 4; ++j) holds_any |= bracket.holds(key[j]);
+    });
     if (!whole && holds_any)
         keys.for_each([&](uint32_t key, int page, int place) {
             if (bracket.holds(key)) select.offer(key, page, place);
@@ -111,7 +95,7 @@ __device__ __forceinline__ Selection mark_places(const Keys& keys, const Bracket
     }
     Selection selection{0, 0};
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c) selection.here += __popc(words[c * kWarp + lane]);
+    for (int c = 0; c < keys.chunks(); ++c) selection.here += __popc(words[c * kWarp + lane]);
     selection.before = warp_inclusive_sum(selection.here) - selection.here;
     return selection;
 }
@@ -128,45 +112,37 @@ __device__ __forceinline__ void wait_for_team(const TeamSpace& space, int size) 
 
 // Pages [0, first) and [last, num_pages) are kept whatever their score, `kept` >= their number in all.
 template <int kChunks>
-__device__ __forceinline__ Selection select_pages(const TeamSpace& space, SelectionShared<kChunks>& shared,
-                                                  int num_pages, int first, int last, int kept) {
-    BlockSelect<kTeamThreads> select{shared.select};
+__device__ __forceinline__ Selection select_pages(const TeamSpace& space, BlockSelect<kTeamThreads> select,
+                                                  uint32_t* words, int num_pages, int first, int last, int kept) {
     const int lane = threadIdx.x % kWarp;
-    TeamKeys<kChunks> keys;
-    keys.num_chunks = (num_pages + kKeysAtOnce - 1) / kKeysAtOnce;
+    TeamKeys<kChunks, false> keys;
     // Where a lane's part of the sample lies; where few pages compete, all of them are looked at instead.
     const int competing = last - first, sample = (first + lane * (competing / kWarp)) / 4 * 4;
     // A page that does not exist has the key 1. Whoever has a key has it for good.
 #pragma unroll
     for (int c = 0; c < kChunks; ++c)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) keys.key[c][j] = c * kKeysAtOnce + int(threadIdx.x) * 4 + j < num_pages ? 0 : 1;
+        for (int j = 0; j < 4; ++j) keys.key[c][j] = int(keys.page(c, j)) < num_pages ? 0 : 1;
     uint4 s;
     bool pending;
     do {  // all loads, then the tests: polling one by one would serialise the round trips
         s = peek(space.keys + sample);
 #pragma unroll
         for (int c = 0; c < kChunks; ++c) {
-            if (!keys.has(c)) break;
             uint32_t (&key)[4] = keys.key[c];
             if (complete({key[0], key[1], key[2], key[3]})) continue;
-            const uint4 v = peek(space.keys + c * kKeysAtOnce + threadIdx.x * 4);
+            const uint4 v = peek(space.keys + keys.page(c, 0));
             key[0] |= v.x, key[1] |= v.y, key[2] |= v.z, key[3] |= v.w;
         }
         pending = competing >= 4 * kWarp && !complete(s);
-#pragma unroll
-        for (int c = 0; c < kChunks; ++c) {
-            if (!keys.has(c)) break;
-            pending |= !complete({keys.key[c][0], keys.key[c][1], keys.key[c][2], keys.key[c][3]});
-        }
+        keys.for_chunks([&](int, const uint32_t (&key)[4]) { pending |= !complete({key[0], key[1], key[2], key[3]}); });
     } while (pending);
     mark_phase(3);
 
     // Pages that compete are most; the others are few and at the ends.
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
-        if (!keys.has(c)) break;
-        const int page = c * kKeysAtOnce + threadIdx.x * 4;
+        const int page = keys.page(c, 0);
         if (page >= first && page + 4 <= last) continue;
 #pragma unroll
         for (int j = 0; j < 4; ++j)
@@ -178,7 +154,7 @@ __device__ __forceinline__ Selection select_pages(const TeamSpace& space, Select
                             : select.true_range(keys);
     const Bracket bracket = select.bracket(keys, range, kept);
     mark_phase(4);
-    return mark_places(keys, bracket, select, shared.words);
+    return mark_places(keys, bracket, select, words);
 }
 
 }  // namespace quest::cuda

@@ -7,7 +7,6 @@
 namespace quest::cuda {
 
 constexpr int kShortlistChunks = kShortlistEntries / kKeysAtOnce;
-static_assert(kShortlistChunks <= 2, "as many keys a thread as are looked at without asking");
 
 // How many keys a warp may have.
 __host__ __device__ inline int warp_keys_capacity(int max_pages, int size) {
@@ -15,13 +14,13 @@ __host__ __device__ inline int warp_keys_capacity(int max_pages, int size) {
     return (max_pages + a_round - 1) / a_round * kTileTokens;
 }
 
-// The scores' sort keys of one warp's pages: tile n holds pages first + n * step .. + 15.
+// The scores' sort keys of one warp's pages: tile n holds first + n * step and those up to 15 * spread further.
 struct WarpKeys {
     uint32_t* keys;  // in shared memory, [16 * tiles]
-    int tiles, first, step;
+    int tiles, first, spread, step;
 
     __device__ __forceinline__ int page(int entry) const {
-        return first + entry / kTileTokens * step + entry % kTileTokens;
+        return first + entry / kTileTokens * step + entry % kTileTokens * spread;
     }
     __device__ __forceinline__ unsigned count_from(uint32_t least) const {
         unsigned count = 0;
@@ -77,40 +76,14 @@ struct WarpKeys {
     }
 };
 
-// Entries of the shortlists, four of every 1,024 a thread.
-struct ListedKeys {
-    uint32_t key[kShortlistChunks][4], page[kShortlistChunks][4];
-
-    __device__ static constexpr bool has(int chunk) { return chunk < kShortlistChunks; }
-    template <class F>
-    __device__ __forceinline__ void for_each(F&& f) const {
-#pragma unroll
-        for (int c = 0; c < kShortlistChunks; ++c)
-#pragma unroll
-            for (int j = 0; j < 4; ++j) f(key[c][j], page[c][j], c * kKeysAtOnce + threadIdx.x * 4 + j);
-    }
-    __device__ void order_equals(uint32_t equal) {
-#pragma unroll
-        for (int c = 0; c < kShortlistChunks; ++c)
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                uint32_t& x = key[c][j];
-                x = x > equal ? kForcedKey : x == equal ? max_pages() - page[c][j] : 0;
-            }
-    }
-    __device__ static constexpr uint32_t max_pages() { return kMaxFusedPages; }
-};
-
 // Selects from the team's shortlists; false, in every block of the team, where they do not suffice. pages: of all
 // places.
-template <int kChunks>
 __device__ __forceinline__ bool select_listed(Selection* selection, const TeamSpace& space,
-                                              SelectionShared<kChunks>& shared, uint32_t (&pages)[kShortlistEntries],
-                                              int kept, int size) {
-    BlockSelect<kTeamThreads> select{shared.select};
+                                              BlockSelect<kTeamThreads> select, uint32_t* words,
+                                              uint32_t (&pages)[kShortlistEntries], int kept, int size) {
     const int lane = threadIdx.x % kWarp;
     const bool has_bounds = lane * 4 < size * kTeamWarps;
-    ListedKeys keys;
+    TeamKeys<kShortlistChunks, true> keys;
     uint4 bounds, sample[2];
     bool pending;
     do {
@@ -123,7 +96,8 @@ __device__ __forceinline__ bool select_listed(Selection* selection, const TeamSp
 #pragma unroll
             for (int j = 0; j < 4; j += 2) {
                 const uint4 v = peek(space.entries + 2 * (c * kKeysAtOnce + threadIdx.x * 4 + j));
-                keys.key[c][j] = v.x, keys.page[c][j] = v.y, keys.key[c][j + 1] = v.z, keys.page[c][j + 1] = v.w;
+                keys.key[c][j] = v.x, keys.listed_page[c][j] = v.y, keys.key[c][j + 1] = v.z,
+                keys.listed_page[c][j + 1] = v.w;
                 pending |= !complete(v);
             }
     } while (pending);
@@ -133,9 +107,9 @@ __device__ __forceinline__ bool select_listed(Selection* selection, const TeamSp
 #pragma unroll
     for (int c = 0; c < kShortlistChunks; ++c) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) --keys.page[c][j];
-        *reinterpret_cast<uint4*>(&pages[c * kKeysAtOnce + threadIdx.x * 4]) = {keys.page[c][0], keys.page[c][1],
-                                                                                keys.page[c][2], keys.page[c][3]};
+        for (int j = 0; j < 4; ++j) --keys.listed_page[c][j];
+        *reinterpret_cast<uint4*>(&pages[c * kKeysAtOnce + threadIdx.x * 4]) = {
+            keys.listed_page[c][0], keys.listed_page[c][1], keys.listed_page[c][2], keys.listed_page[c][3]};
     }
     uint32_t lowest = kNanKey, highest = 2;
 #pragma unroll
@@ -147,8 +121,66 @@ __device__ __forceinline__ bool select_listed(Selection* selection, const TeamSp
     const Bracket bracket = select.bracket(keys, {min(range.x, range.y), range.y}, kept);
     mark_phase(4);
     if (bracket.low < bound) return false;  // a key that is not listed might be kept
-    *selection = mark_places(keys, bracket, select, shared.words);
+    *selection = mark_places(keys, bracket, select, words);
     return true;
+}
+
+// All keys of the team, read from L2 whenever they are asked for: seldom needed, and as many as there are pages.
+struct PublishedKeys {
+    const uint32_t* keys;
+    int num_pages;
+    uint32_t equal = 0;  // not 0: keys are in order_equals()'s terms
+
+    __device__ __forceinline__ int chunks() const { return (num_pages + kKeysAtOnce - 1) / kKeysAtOnce; }
+    static __device__ constexpr uint32_t max_pages() { return kMaxFusedPages; }
+    template <class F>
+    __device__ __forceinline__ void for_chunks(F&& f) const {
+#pragma unroll 1
+        for (int c = 0; c < chunks(); ++c) {
+            const int page = c * kKeysAtOnce + threadIdx.x * 4;
+            const uint4 v = page < num_pages ? peek(keys + page) : uint4{};
+            uint32_t key[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+                if (page + j >= num_pages)
+                    key[j] = equal == 0 ? 1 : 0;
+                else if (equal != 0)
+                    key[j] = key[j] > equal ? kForcedKey : key[j] == equal ? max_pages() - (page + j) : 0;
+            f(c, key);
+        }
+    }
+    template <class F>
+    __device__ __forceinline__ void for_each(F&& f) const {
+        for_chunks([&](int c, const uint32_t (&key)[4]) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const int page = c * kKeysAtOnce + threadIdx.x * 4 + j;
+                f(key[j], page, page);
+            }
+        });
+    }
+    __device__ void order_equals(uint32_t key) { equal = key; }
+};
+
+// Selects from the keys of all pages, which every warp has published by now. words: kWarp of each chunk.
+__device__ __forceinline__ Selection select_published(const TeamSpace& space, BlockSelect<kTeamThreads> select,
+                                                      uint32_t* words, int rank, int num_pages, int kept, int size) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        publish(space.done + rank, 2u);
+    }
+    select.clear_bins();
+    const int lane = threadIdx.x % kWarp;
+    while (__any_sync(kAllLanes, lane < size && peek_word(space.done + lane) != 2)) {
+    }
+    __threadfence();
+    __syncthreads();
+    mark_phase(3);
+    PublishedKeys keys{space.keys, num_pages};
+    const Bracket bracket = select.bracket(keys, select.true_range(keys), kept);
+    mark_phase(4);
+    return mark_places(keys, bracket, select, words);
 }
 
 }  // namespace quest::cuda

@@ -1,0 +1,62 @@
+// What a block of a team asks for first: the row's length, and the query as the products want it. Asking and taking are
+// apart, so that other loads can be on their way in between.
+#pragma once
+#include "score_tile.cuh"
+#include "team.cuh"
+
+namespace quest::cuda {
+
+// How long a row is, how many pages that is, and how many of them it attends to.
+struct RowLengths {
+    int tokens, num_pages, kept;
+
+    // One lane a word: a load that all lanes ask for alike goes to a uniform register and is waited for at once.
+    static __device__ __forceinline__ int ask(const FusedParams& p, int row, int team) {
+        const int32_t* from = p.attention.seq_lens + row;
+        if (threadIdx.x % kWarp == 1 && p.page_budgets) from = p.page_budgets + (p.budget_heads == 1 ? row : team);
+        return *from;
+    }
+    __device__ __forceinline__ void take(int asked, const FusedParams& p, const PageTable& table) {
+        int budget = p.page_budget;
+        if (p.page_budgets) budget = min(max(__shfl_sync(kAllLanes, asked, 1), p.sink_pages + p.recent_pages), budget);
+        tokens = table.visible(__shfl_sync(kAllLanes, asked, 0));
+        num_pages = table.pages(tokens);
+        kept = min(budget, num_pages);
+    }
+};
+
+// A group's query heads, in shared memory, as each lane of a warp wants them, whichever the warp: to attend, and to
+// score by metadata of type M. The warps share the work, a chunk of 32 channels each.
+template <class T, class M, int D>
+struct SharedQuery {
+    static constexpr bool kNarrow = std::is_same_v<M, __nv_fp8_e4m3>;
+    static_assert(D / 32 <= kTeamWarps);
+    uint4 plain[D / 32][kWarp], narrow[kNarrow ? D / 32 : 1][kWarp];
+
+    struct Chunk {
+        uint4 plain, narrow;
+    };
+    // head: the query head of this lane's column.
+    static __device__ __forceinline__ Chunk ask(const T* head) {
+        const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+        Chunk chunk{};
+        if (warp < D / 32) {
+            chunk.plain = *reinterpret_cast<const uint4*>(head + 32 * warp + lane % 4 * 8);
+            if constexpr (kNarrow)
+                chunk.narrow = *reinterpret_cast<const uint4*>(head + PageTile<T, M, D>::channel(warp));
+        }
+        return chunk;
+    }
+    __device__ __forceinline__ void keep(const Chunk& chunk) {
+        const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+        if (warp >= D / 32) return;
+        plain[warp][lane] = chunk.plain;
+        if constexpr (kNarrow) narrow[warp][lane] = chunk.narrow;
+    }
+    __device__ __forceinline__ uint4 to_attend(int chunk) const { return plain[chunk][threadIdx.x % kWarp]; }
+    __device__ __forceinline__ uint4 to_score(int chunk) const {
+        return kNarrow ? narrow[chunk][threadIdx.x % kWarp] : plain[chunk][threadIdx.x % kWarp];
+    }
+};
+
+}  // namespace quest::cuda
