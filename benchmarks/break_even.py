@@ -15,6 +15,7 @@ import peers
 import record
 import torch
 from cases import Case, Layers, Pages
+from timing import release_memory
 
 CONTEXTS = [1024 * 2**i for i in range(8)]
 BATCHES, GROUPS, QUERY_HEADS = (1, 8, 32), (1, 4, 8), 32
@@ -100,7 +101,7 @@ def main() -> None:
             flush=True,
         )
         rows.append(row)
-        torch.cuda.empty_cache()
+        release_memory()
     curves = summarise(rows)
     print(f"\nbreak-even context\n{'group':>6}{'batch':>7}{'with our dense':>18}{'with FlashInfer':>18}")
     for curve in curves:

@@ -20,6 +20,7 @@ import phases
 import record
 import torch
 from cases import CASES, EXTRA_CASES, QUICK_CASES, Case, Layers, Pages, counted_bytes
+from timing import release_memory
 
 FLOOR_START_US, FLOOR_BYTES_PER_US = 2.3, 2.95e6
 HEADER = f"{'case':22}{'path':20}{'page':>5}{'bits':>5}{'us':>10}{'GB/s':>8}{'floor':>9}{'ratio':>8}"
@@ -153,7 +154,7 @@ def main() -> None:
             for row in new:
                 show(row)
             rows += new
-            torch.cuda.empty_cache()
+            release_memory()
     record.finish(args, device, {"what": what, "rows": rows})
 
 

@@ -14,6 +14,7 @@ import ctypes
 
 import torch
 from cases import Case, Layers
+from timing import release_memory
 
 import quest_ops
 
@@ -79,5 +80,5 @@ def measure(clocks: PhaseClocks, cases: list[Case]) -> list[dict]:
             shared = {"case": case.name, "page_size": pages.size, "metadata": bits}
             rows.append(shared | {"us": us, "cycles": cycles})
         del layers
-        torch.cuda.empty_cache()
+        release_memory()
     return rows

@@ -33,6 +33,7 @@ import torch
 from cases import LIKELY_DEFAULT, Case, Layers, Pages
 from recordings import QUERY_STRIDE, RecordedLayers, Recording, lengths_of, recordings_of
 from tasks import pieces, texts_of
+from timing import release_memory
 
 from quest_ops.llama.model import Llama
 
@@ -157,7 +158,7 @@ def main() -> None:
         for row in new:
             show(row)
         rows += new
-        torch.cuda.empty_cache()
+        release_memory()
     contents = {"what": "microseconds a layer", "model": "smollm2", "recorded_layers": args.layers}
     contents |= {"documents": len(documents), "texts": {kind: len(found) for kind, found in texts.items()}}
     record.finish(args, args.device, contents | {"rows": rows})
