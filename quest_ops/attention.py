@@ -9,6 +9,7 @@ from quest_ops import ops
 from quest_ops.cache import PagedKVCache
 from quest_ops.config import QuestConfig, check_int
 from quest_ops.dense import causal_attention, gather_kv
+from quest_ops.head_pages import HeadPages
 from quest_ops.planner import plan_dense_length
 
 BACKENDS = ("quest", "dense", "sdpa", "flashinfer")
@@ -32,8 +33,9 @@ class QuestAttention:
 
     A step is one `plan` and then `run` for each layer, on one stream. `plan` works on the host and makes one small
     asynchronous copy, two when a sequence got another block. In a decode step `block_table` [max_batch_size,
-    max_blocks] int32, `seq_lens` and `page_budgets` [N] int32, `slot_mapping` [N] int64 and, for the caller's RoPE,
-    `positions` [N] int64 stay at their addresses and are all that `run` reads of the step: a CUDA graph of it may be
+    max_blocks] int32, `seq_lens` and `page_budgets` [N] int32, with `config.head_budgets` also `head_page_budgets`
+    [layers, N, Hkv or Hq] int32, `slot_mapping` [N] int64 and, for the caller's RoPE, `positions` [N] int64 stay at
+    their addresses and are all that `run` reads of the step: a CUDA graph of it may be
     replayed after every `plan` of as many sequences and tokens and of the same `step_kind`: "dense" where no row has
     more than `dense_length` tokens, else "quest". A prefill step ("prefill") has tensors of its own.
     """
@@ -70,6 +72,13 @@ class QuestAttention:
             )
         if any(layer >= cache.num_layers for layer in config.dense_layers):
             raise ValueError(f"config.dense_layers is {config.dense_layers}, the cache has {cache.num_layers} layers")
+        if config.head_budgets is not None:
+            shape = len(config.head_budgets), len(config.head_budgets[0])
+            if shape != (cache.num_layers, cache.num_kv_heads):
+                raise ValueError(
+                    f"config.head_budgets has {shape[0]} layers of {shape[1]} KV heads, the cache has "
+                    f"{cache.num_layers} of {cache.num_kv_heads}"
+                )
         if sm_scale is not None and not (isinstance(sm_scale, (int, float)) and 0 < sm_scale <= ops.FLOAT32_MAX):
             raise ValueError(f"sm_scale must be None or a positive float32 number, got {sm_scale!r}")
         max_blocks = -(-max_sequence_tokens // cache.block_size)
@@ -87,10 +96,17 @@ class QuestAttention:
         self.dense_length = config.dense_below
         if self.dense_length is None:
             self.dense_length = _planned_dense_length(config, cache, max_batch_size)
-        # Pages of the longest row that is attended in full, and of the budget if those are more.
+        # Pages of the longest row that is attended in full, and of the largest budget if those are more.
         table_pages = max_blocks * (cache.block_size // cache.page_size)
         covering = min(-(-self.dense_length // cache.page_size), table_pages)
-        self._most_pages = max(config.page_budget, covering)
+        largest = config.row_page_budget(max_sequence_tokens)
+        self._max_rows = max_batch_size * MAX_ROWS_PER_REQUEST
+        self._head_pages = None
+        if config.head_budgets is not None and backend == "quest":
+            group = num_query_heads // cache.num_kv_heads if config.head_reduction == "none" else 1
+            self._head_pages = HeadPages(config, group, self._max_rows, cache.device)
+            largest = self._head_pages.most(largest)
+        self._most_pages = max(config.page_budget, min(largest, table_pages), covering)
         self._dense_layers = frozenset(config.dense_layers)
         self._workspace = None  # where the blocks of a one-launch step meet; steps run on one stream, so one serves all
         if backend in ("quest", "dense") and cache.device.type == "cuda":
@@ -106,10 +122,10 @@ class QuestAttention:
         self._host_table = self.block_table if on_cpu else torch.zeros_like(self.block_table, device="cpu")
         self._table_rows: list[tuple[int, int] | None] = [None] * max_batch_size  # (sequence, epoch) that a row shows
         # What describes the rows of a decode step lies in one buffer, so that one copy fills it.
-        self._max_rows = max_batch_size * MAX_ROWS_PER_REQUEST
         self._step_buffer = torch.zeros(self._max_rows * 3, dtype=torch.int64, device=cache.device)
         self.step_kind: str | None = None
         self.slot_mapping, self.positions, self.seq_lens, self.page_budgets = self._slices(self._step_buffer, 0)
+        self.head_page_budgets: Tensor | None = None
 
     def plan(self, seqs: list[int | None], new_tokens: int | list[int], *, prefill: bool = False) -> None:
         """Reserves the tokens of a step in the cache and describes the step to the device.
@@ -195,6 +211,7 @@ class QuestAttention:
                 workspace=self._workspace,
             )
             return out
+        page_budget, page_budgets = self.budgets_of(layer)
         out, _ = ops.quest_decode_attention(
             query,
             k_cache,
@@ -202,15 +219,21 @@ class QuestAttention:
             metadata,
             self._request_table,
             self.seq_lens,
-            self._most_pages,
+            page_budget,
             config.sink_pages,
             config.recent_pages,
             config.head_reduction,
             sm_scale=self.sm_scale,
-            page_budgets=self.page_budgets if self._most_pages > config.page_budget else None,
+            page_budgets=page_budgets,
             workspace=self._workspace,
         )
         return out
+
+    def budgets_of(self, layer: int) -> tuple[int, Tensor | None]:
+        """page_budget and page_budgets of the planned decode step in a layer, as the ops take them."""
+        if self.head_page_budgets is not None:
+            return self._most_pages, self.head_page_budgets[layer]
+        return self._most_pages, self.page_budgets if self._most_pages > self.config.page_budget else None
 
     def _check_step(self, seqs: list[int | None], new_tokens: int | list[int]) -> list[int]:
         if not isinstance(seqs, (list, tuple)):
@@ -273,7 +296,7 @@ class QuestAttention:
                 slots.append(sequence.blocks[position // block_size] * block_size + position % block_size)
                 positions.append(position)
                 lengths.append(position + 1)
-        budgets = [self._most_pages if n <= self.dense_length else self.config.page_budget for n in lengths]
+        budgets = [self._most_pages if n <= self.dense_length else self.config.row_page_budget(n) for n in lengths]
         # Fresh pinned memory for every copy: torch's host allocator reuses it only when the copy is done.
         on_cpu = self.cache.device.type == "cpu"
         host = self._step_buffer if on_cpu else torch.empty_like(self._step_buffer, device="cpu", pin_memory=True)
@@ -284,6 +307,9 @@ class QuestAttention:
         self.slot_mapping, self.positions, self.seq_lens, self.page_budgets = self._slices(
             self._step_buffer, len(slots)
         )
+        if self._head_pages is not None:
+            full = self.seq_lens.long() <= self.dense_length
+            self.head_page_budgets = self._head_pages.update(self.page_budgets, full)
 
     def _plan_prefill(self, seqs: list[int | None], live: list[int], counts: list[int]) -> None:
         slots, positions = [], []
@@ -348,4 +374,5 @@ def _planned_dense_length(config: QuestConfig, cache: PagedKVCache, max_batch_si
         page_size=config.page_size,
         page_budget=config.page_budget,
         num_sms=torch.cuda.get_device_properties(cache.device).multi_processor_count,
+        budget_ratio=config.budget_ratio or 0.0,
     )

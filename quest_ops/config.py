@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -22,12 +23,28 @@ def check_int(name: str, value: object, minimum: int) -> int:
     return value
 
 
+def check_head_budgets(name: str, value: object) -> tuple[tuple[int, ...], ...]:
+    """`value` as tuples, if it is one list or tuple of ints of at least 1 for each layer, of equal length; else
+    TypeError or ValueError that names it."""
+    if not isinstance(value, (tuple, list)) or not all(isinstance(heads, (tuple, list)) for heads in value):
+        raise TypeError(f"{name} must be a tuple of tuples, tokens of each layer's KV heads, got {str(value)[:60]!r}")
+    if not value or not value[0] or {len(heads) for heads in value} != {len(value[0])}:
+        sizes = [len(heads) for heads in value]
+        raise ValueError(f"{name} must have a layer or more, of equally many KV heads, 1 or more; got heads {sizes}")
+    for layer, heads in enumerate(value):
+        for head, tokens in enumerate(heads):
+            if check_int(f"{name}[{layer}][{head}]", tokens, 1) >= 2**31:
+                raise ValueError(f"{name}[{layer}][{head}] must fit int32, got {tokens}")
+    return tuple(map(tuple, value))
+
+
 @dataclass(frozen=True)
 class QuestConfig:
     """Settings of Quest sparse attention (Tang et al., ICML 2024). Lengths are in tokens, per sequence.
 
     page_size: tokens a page: 8, 16, 32, 64 or 128; the cache's.
     token_budget: most tokens a decode row attends to, sink and recent ones included; rounded down to whole pages.
+        budget_ratio lets it grow with the row's length, head_budgets shares it out among layers and heads.
     sink_tokens, recent_tokens: first and last tokens that are always attended to; rounded up to whole pages. At least
         one recent page is kept: the one being written.
     dense_layers: numbers of the layers that always attend to the whole cache.
@@ -41,6 +58,12 @@ class QuestConfig:
     bound: what a page's metadata is, over its keys and channel by channel: "minmax", the paper's, an upper bound of
         every score; "cuboid": mean -+ mean absolute deviation; "mean_std": mean -+ standard deviation.
     bound_scale: factor on the deviation of "cuboid" and "mean_std"; 1 for "minmax".
+    budget_ratio: None, or a share between 0 and 1: token_budget is then the least that a row attends to, and of n
+        tokens it attends to budget_ratio * n where that is more, rounded down to whole pages (`row_page_budget`).
+    head_budgets: None, or tokens for each layer and KV head, [layers][KV heads], in place of token_budget, which must
+        be their mean, both rounded down; each is rounded down to whole pages. See `with_head_budgets`. With
+        head_reduction "none" each query head of a KV head gets the KV head's; with budget_ratio all grow in proportion.
+        What is said for dense_layers is not used.
 
     Raises TypeError or ValueError for a value that is not supported, and where the budget cannot hold the sink pages,
     the recent pages and one page to choose.
@@ -56,6 +79,8 @@ class QuestConfig:
     dense_below: int | None = None
     bound: str = "minmax"
     bound_scale: float = 1.0
+    budget_ratio: float | None = None
+    head_budgets: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         check_int("page_size", self.page_size, 1)
@@ -95,16 +120,66 @@ class QuestConfig:
                 f"hold sink ({self.sink_pages}) + recent ({self.recent_pages}) + 1 pages: "
                 f"at least {needed * self.page_size}"
             )
+        if self.budget_ratio is not None:
+            if isinstance(self.budget_ratio, bool) or not isinstance(self.budget_ratio, (int, float)):
+                raise TypeError(f"budget_ratio must be None or a number, got {self.budget_ratio!r}")
+            if not 0 < self.budget_ratio < 1:
+                raise ValueError(f"budget_ratio must be between 0 and 1, both excluded, got {self.budget_ratio}")
+        if self.head_budgets is not None:
+            self._check_head_budgets(needed * self.page_size)
+
+    def _check_head_budgets(self, least: int) -> None:
+        budgets = check_head_budgets("head_budgets", self.head_budgets)
+        object.__setattr__(self, "head_budgets", budgets)
+        for layer, heads in enumerate(budgets):
+            for head, tokens in enumerate(heads):
+                if tokens < least:
+                    raise ValueError(
+                        f"head_budgets[{layer}][{head}] is {tokens} tokens; it must hold sink ({self.sink_pages}) + "
+                        f"recent ({self.recent_pages}) + 1 pages of {self.page_size}: at least {least}"
+                    )
+        mean = sum(map(sum, budgets)) // (len(budgets) * len(budgets[0]))
+        if self.token_budget != mean:
+            raise ValueError(f"token_budget must be the mean of head_budgets, {mean}, got {self.token_budget}")
 
     @classmethod
     def paper(cls, **settings) -> QuestConfig:
         """The paper's setting: no sink, one recent page, layers 0 and 1 dense. `settings` override single fields."""
         return cls(**{"sink_tokens": 0, "recent_tokens": 1, "dense_layers": (0, 1), **settings})
 
+    @classmethod
+    def with_head_budgets(cls, path: str | Path, **settings) -> QuestConfig:
+        """Budgets by layer and KV head from a file of `quest-ops calibrate`, and what they were measured with: its
+        page_size, bound, bound_scale and token_budget. `settings` are the other fields.
+
+        Raises OSError, ValueError for a file of another form (see `load_head_budgets`), and as QuestConfig does.
+        """
+        from quest_ops.head_budgets import load_head_budgets
+
+        of_file = load_head_budgets(path)
+        for name in ("page_size", "bound", "bound_scale", "token_budget"):
+            theirs = getattr(of_file, name)
+            if settings.setdefault(name, theirs) != theirs:
+                raise ValueError(f"{name} must be {theirs!r}, as the budgets of {path} need it, got {settings[name]!r}")
+        return cls(head_budgets=of_file.tokens, **settings)
+
     @property
     def page_budget(self) -> int:
-        """Pages a row attends to at most."""
+        """Pages a row attends to at most, but for budget_ratio and head_budgets."""
         return self.token_budget // self.page_size
+
+    def row_page_budget(self, tokens: int) -> int:
+        """Pages that a row of so many tokens attends to at most, for each head; the mean where heads differ."""
+        if self.budget_ratio is None:
+            return self.page_budget
+        return max(self.page_budget, int(self.budget_ratio * tokens) // self.page_size)
+
+    @property
+    def head_page_budgets(self) -> tuple[tuple[int, ...], ...] | None:
+        """head_budgets in pages."""
+        if self.head_budgets is None:
+            return None
+        return tuple(tuple(tokens // self.page_size for tokens in heads) for heads in self.head_budgets)
 
     @property
     def sink_pages(self) -> int:

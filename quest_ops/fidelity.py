@@ -31,8 +31,9 @@ class Step:
         )
 
     def choose(self, layer: int, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Page ids [R, Hs, K] and counts [R, Hs], int32, of what Quest chooses for rows longer than the budget."""
+        """Page ids [R, Hs, K], padded with -1, and counts [R, Hs], int32, of what Quest chooses."""
         config, seq_lens = self.config, self.attention.seq_lens
+        page_budget, page_budgets = self.attention.budgets_of(layer)
         scores = ops.estimate_page_scores(
             query,
             self.cache.page_metadata(layer),
@@ -42,7 +43,13 @@ class Step:
             config.head_reduction,
         )
         return ops.select_topk_pages(
-            scores, seq_lens, config.page_size, config.page_budget, config.sink_pages, config.recent_pages
+            scores,
+            seq_lens,
+            config.page_size,
+            page_budget,
+            config.sink_pages,
+            config.recent_pages,
+            page_budgets=page_budgets,
         )
 
     def exact(self, layer: int, query: Tensor) -> tuple[Tensor, Tensor]:

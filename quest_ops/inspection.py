@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ class Inspection:
     quest: the settings. prompt_tokens: the prompt's length. tokens: the new ones; step i reads tokens[i], at place
         prompt_tokens + i of the text, and writes tokens[i + 1].
     layers: the numbers of the L layers that use Quest.
-    pages [steps, L, Hs, K] int32: the chosen pages, ascending. Hs is Hkv, or with head_reduction "none" Hq.
+    pages [steps, L, Hs, K] int32: the chosen pages, ascending, padded with -1 where a head or step has fewer than the
+        most. Hs is Hkv, or with head_reduction "none" Hq.
     missed [steps, L, Hq] float64: the share of the true attention mass that lies outside of the chosen pages.
     error, norm [steps, L, Hq] float64: |out - exact|^2 and |exact|^2 of the attention's output, where `exact` is dense
         attention of the same query to the same cache.
@@ -46,8 +47,9 @@ class Inspection:
 
     def chosen(self) -> Tensor:
         """[steps, L, Hs, num_pages] bool: whether a head chose a page."""
-        mask = torch.zeros(*self.pages.shape[:3], self.num_pages, dtype=torch.bool)
-        return mask.scatter_(-1, self.pages.long(), True)
+        mask = torch.zeros(*self.pages.shape[:3], self.num_pages + 1, dtype=torch.bool)
+        places = self.pages.long() % (self.num_pages + 1)  # the last column takes the padding
+        return mask.scatter_(-1, places, True)[..., :-1]
 
     def by_layer(self) -> list[dict]:
         """A dict for each of `layers`; "by head": a list over query heads, but for pages one over the Hs that choose.
@@ -154,7 +156,9 @@ def inspect_prompt(
         device=model.device,
         metadata_dtype=quest.metadata_dtype,
     )
-    attention = QuestAttention(quest, cache, config.num_attention_heads, max_batch_size=1, max_sequence_tokens=total)
+    attention = QuestAttention(
+        replace(quest, dense_below=0), cache, config.num_attention_heads, max_batch_size=1, max_sequence_tokens=total
+    )
     seq, text = cache.add(), torch.tensor(prompt, device=model.device)
     for start in range(0, len(prompt), PREFILL_CHUNK):
         chunk = text[start : start + PREFILL_CHUNK]

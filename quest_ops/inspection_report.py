@@ -70,7 +70,7 @@ def draw_pages(inspection: Inspection, unit: str) -> bytes:
     )
     figure.supylabel(f"{unit}; in each band {steps} decode steps, from the top down", fontsize=10)
     figure.suptitle(
-        f"Pages that Quest chose among {pages}, {quest.page_budget} for each layer, head and step;\n"
+        f"Pages that Quest chose among {pages}, {budget_of(inspection)} for each layer, head and step;\n"
         "above each layer, the share of the true attention mass that they miss",
         fontsize=11,
     )
@@ -106,6 +106,12 @@ def draw_fidelity(inspection: Inspection, unit: str) -> bytes:
     panels[1].set_xlabel("layer; a dot for each query head, in the colour that its pages have in pages.png")
     panels[1].xaxis.get_major_locator().set_params(integer=True)
     return png(figure)
+
+
+def budget_of(inspection: Inspection) -> str:
+    """How many pages were chosen: of any layer, head and step, or from the fewest to the most."""
+    fewest, most = inspection.chosen().sum(-1).aminmax()
+    return f"{fewest}" if fewest == most else f"{fewest} to {most}"
 
 
 def colors(heads: int) -> list[tuple[float, ...]]:
@@ -212,7 +218,7 @@ def run(*, model: str, text: str, quest: QuestConfig, new_tokens: int, device: s
     write(out, files)
     console = Console(highlight=False)
     console.print(
-        f"{new_tokens} decode steps after {found.prompt_tokens} tokens, {quest.page_budget} of {found.num_pages} pages "
+        f"{new_tokens} decode steps after {found.prompt_tokens} tokens, {budget_of(found)} of {found.num_pages} pages "
         f"each; {record['model']}, {dtype} on {record['device']}",
         soft_wrap=True,
     )

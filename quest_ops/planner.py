@@ -8,6 +8,8 @@ from __future__ import annotations
 ONE_LAUNCH = 8.9e6, 0.975
 PORTABLE = 13.6e6, 1.035
 
+NEVER = 2**31 - 1  # more tokens than a row can have
+
 
 def plan_dense_length(
     *,
@@ -19,12 +21,13 @@ def plan_dense_length(
     page_size: int,
     page_budget: int,
     num_sms: int,
+    budget_ratio: float = 0.0,
 ) -> int:
     """Longest row, in tokens, that is attended in full because Quest would not be faster: whole pages, never fewer
     than the budget's.
 
     rows: of a step. element_size, metadata_size: bytes an element of the cache and of its page metadata. num_sms: of
-    the GPU.
+    the GPU. budget_ratio: share of its tokens that a row attends to where that is more than page_budget.
 
     A token's K and V are b = rows * kv_heads * head_dim * 2 * element_size bytes a layer. Of n tokens dense attention
     reads n * b, Quest (B + n * m) * b: a budget of B = page_budget * page_size tokens, and metadata of a share
@@ -33,7 +36,11 @@ def plan_dense_length(
         n * b = X + r * (B + n * m) * b,    so at    n = (X / b + r * B) / (1 - r * m)
 
     X is Quest's longer start, in bytes, and r the cost of a scattered byte: constants of an H100, for steps of one
-    launch and for others.
+    launch and for others. With a ratio q Quest reads (max(B, q * n) + n * m) * b, and must also be past
+
+        n = X / b / (1 - r * (q + m))
+
+    Where the ratio is so large that this never comes, all rows are attended in full: `NEVER` tokens, rounded down.
     """
     # As in csrc/plan.h: a step is one launch where two blocks for each (row, KV head) fit the chip together.
     one_launch = rows * kv_heads * (1 if head_dim <= 128 else 2) <= num_sms
@@ -42,4 +49,7 @@ def plan_dense_length(
     budget = page_budget * page_size
     metadata_share = metadata_size / (element_size * page_size)
     tokens = (start_bytes / token_bytes + byte_cost * budget) / (1 - byte_cost * metadata_share)
-    return max(budget, int(tokens) // page_size * page_size)
+    if budget_ratio:
+        gain = 1 - byte_cost * (budget_ratio + metadata_share)  # of a token, over dense attention's time
+        tokens = max(tokens, start_bytes / token_bytes / gain) if gain > 0 else NEVER
+    return max(budget, min(int(tokens), NEVER) // page_size * page_size)

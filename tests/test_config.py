@@ -69,6 +69,19 @@ def test_a_config_is_frozen_and_hashable():
         ({"bound": "mean_std", "bound_scale": "1"}, TypeError, "bound_scale.*'1'"),
         ({"bound": "mean_std", "bound_scale": True}, TypeError, "bound_scale.*True"),
         ({"page_budget": 3}, TypeError, "page_budget"),
+        ({"budget_ratio": "0.1"}, TypeError, "budget_ratio.*'0.1'"),
+        ({"budget_ratio": True}, TypeError, "budget_ratio.*True"),
+        ({"budget_ratio": 0}, ValueError, "budget_ratio.*0 and 1.*got 0"),
+        ({"budget_ratio": 1.0}, ValueError, "budget_ratio.*got 1.0"),
+        ({"budget_ratio": float("nan")}, ValueError, "budget_ratio.*nan"),
+        ({"head_budgets": 256}, TypeError, "head_budgets must be a tuple of tuples.*'256'"),
+        ({"head_budgets": (256, 256)}, TypeError, "head_budgets must be a tuple of tuples"),
+        ({"head_budgets": ()}, ValueError, r"head_budgets must have a layer or more.*got heads \[\]"),
+        ({"head_budgets": ((256,), (256, 256))}, ValueError, r"head_budgets .*equally many.*\[1, 2\]"),
+        ({"head_budgets": ((256, 256.0),)}, TypeError, r"head_budgets\[0\]\[1\].*256.0"),
+        ({"head_budgets": ((256, 2**31),)}, ValueError, r"head_budgets\[0\]\[1\] must fit int32"),
+        ({"head_budgets": ((256, 95),)}, ValueError, r"head_budgets\[0\]\[1\] is 95 tokens.*at least 96"),
+        ({"head_budgets": ((256, 257),)}, ValueError, "token_budget must be the mean of head_budgets, 256, got 2048"),
     ],
 )
 def test_bad_settings_are_named(settings, error, named):
@@ -79,3 +92,16 @@ def test_bad_settings_are_named(settings, error, named):
 def test_metadata_may_have_the_dtype_of_a_cache_or_8_bits():
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn):
         assert QuestConfig(metadata_dtype=dtype).metadata_dtype == dtype
+
+
+def test_a_ratio_lets_the_budget_grow_in_whole_pages_and_never_shrinks_it():
+    config = QuestConfig(token_budget=256, budget_ratio=0.25)
+    assert [config.row_page_budget(n) for n in (0, 100, 1024, 1087, 1088, 2**20)] == [16, 16, 16, 16, 17, 2**14]
+    assert QuestConfig(token_budget=256).row_page_budget(2**20) == 16
+
+
+def test_budgets_of_heads_become_whole_pages():
+    config = QuestConfig(token_budget=256, head_budgets=[[128, 384], [111, 401]])
+    assert config.head_budgets == ((128, 384), (111, 401)) and hash(config)
+    assert config.head_page_budgets == ((8, 24), (6, 25))
+    assert QuestConfig().head_page_budgets is None

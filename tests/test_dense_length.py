@@ -37,6 +37,10 @@ DENSE_BELOW = 10 * PAGE - 3  # of make_config's budget of 4 pages
         (1, 8, {"page_budget": 512}, 10816),
         (128, 1, {"page_size": 128, "page_budget": 16}, 2048),  # never below the budget
         (10**6, 128, {}, 2256),
+        (1, 8, {"budget_ratio": 0.1}, 4432),  # of 4432 tokens less than the budget
+        (1, 8, {"budget_ratio": 0.5}, 4800),
+        (1, 8, {"budget_ratio": 0.9}, 35280),
+        (1, 8, {"budget_ratio": 0.99}, 2**31 - 16),  # with the metadata, more than dense attention reads
     ],
 )
 def test_planned_lengths(rows, kv_heads, changed, tokens):

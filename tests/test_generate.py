@@ -240,6 +240,15 @@ def test_kv_read_share_counts_metadata_and_chosen_pages(model):
     per_head = QuestConfig(token_budget=64, sink_tokens=16, recent_tokens=16, head_reduction="none")
     assert kv_tokens_read(160, per_head, group=3) == 10 + 3 * 64
 
+    growing = replace(quest, budget_ratio=0.5)
+    assert kv_tokens_read(65, growing) == 5 + 64 and kv_tokens_read(160, growing) == 10 + 80
+    by_head = replace(quest, token_budget=80, head_budgets=((112, 48), (48, 160), (64, 48)))
+    heads = 10 + 48, 160, 10 + 64, 10 + 48  # of layers 1 and 2; 160 tokens fit the second
+    assert kv_tokens_read(160, by_head) == sum(heads) / 4
+    grown = replace(by_head, budget_ratio=0.6)  # 96 tokens: 6 pages instead of 5
+    assert kv_tokens_read(160, grown) == (2 * (10 + 48) + 160 + 10 + 64) / 4
+    assert kv_tokens_read(160, replace(by_head, dense_layers=(0, 1, 2))) == 0  # no layer that chooses
+
     prompt = random_prompts(160)[0]
     result = make(model, quest=quest).generate([prompt], 17, stop_tokens=())[0]
     assert result.decode_steps == 16  # lengths 161 to 176: 11 pages

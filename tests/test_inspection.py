@@ -8,6 +8,7 @@ from models import random_llama
 
 from quest_ops import QuestConfig, inspection
 from quest_ops.inspection import inspect_prompt
+from quest_ops.inspection_report import budget_of
 from quest_ops.llama.config import LlamaConfig
 from quest_ops.llama.generate import Generator
 
@@ -121,6 +122,28 @@ def test_it_looks_at_what_a_generation_does(bound, device):
         assert found.tokens == generation.tokens
         for step, layer in generation.pages:
             assert torch.equal(found.pages[step, layer], generation.pages[step, layer])
+
+
+@pytest.mark.parametrize("ratio", [None, 0.7])
+def test_it_looks_at_what_a_generation_does_with_budgets_by_head(ratio):
+    model = random_llama(CONFIG, torch.float32, "cpu")
+    tokens = ((7, 9), (8, 8), (10, 6))
+    by_head = tuple(tuple(16 * pages for pages in heads) for heads in tokens)
+    quest = QuestConfig(token_budget=128, head_budgets=by_head, dense_layers=(1,), budget_ratio=ratio)
+    prompt = prompt_of(204)
+    found = inspect_prompt(model, prompt, quest, STEPS)
+    if ratio is None:
+        assert found.chosen().sum(-1).tolist() == [[[7, 9], [10, 6]]] * STEPS
+        assert budget_of(found) == "6 to 10"
+    else:  # of 205 to 210 tokens 8 or, from 206 on, 9 pages on average
+        assert found.chosen().sum(-1).tolist() == [[[7, 9], [10, 6]]] + [[[7, 10], [11, 6]]] * (STEPS - 1)
+    generator = Generator(model, quest=quest, max_sequence_tokens=256, compile=False)
+    generation = generator.generate([prompt], STEPS + 1, stop_tokens=(), record_pages=range(STEPS))[0]
+    assert found.tokens == generation.tokens and len(generation.pages) == 2 * STEPS
+    for (step, layer), pages in generation.pages.items():
+        most = pages.size(-1)
+        assert torch.equal(found.pages[step, layer // 2, :, :most], pages)
+        assert found.pages[step, layer // 2, :, most:].eq(-1).all() and pages[:, -1].ge(0).any()
 
 
 def test_what_cannot_be_looked_at_is_named():

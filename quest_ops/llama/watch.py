@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 
 import torch
 from torch import Tensor
@@ -36,9 +37,9 @@ class Watch:
         chooses = self.attention.step_kind == "quest" and layer not in self.quest.dense_layers
         if chooses and self.records:
             # The fused op does not tell its choice: its first two steps again, with this step's key in the metadata.
-            page_ids = Step(self.attention).choose(layer, query)[0].cpu()  # [R, Hs, K]
+            page_ids, counts = (x.cpu() for x in Step(self.attention).choose(layer, query))  # [R, Hs, K] and [R, Hs]
             for slot, step, pages in self.records:
-                pages[step, layer] = page_ids[slot].clone()
+                pages[step, layer] = page_ids[slot, :, : counts[slot].max()].clone()
         return out
 
     def seconds(self) -> float:
@@ -58,9 +59,10 @@ class Watch:
 
 
 def kv_tokens_read(length: int, quest: QuestConfig, *, group: int = 1, metadata_scale: float = 1.0) -> float:
-    """What a Quest layer reads in a decode step at `length` tokens, in places of a token's K and V.
+    """What a Quest layer reads in a decode step at `length` tokens, in places of a token's K and V: the mean over its
+    KV heads, and over the layers that are not dense where `quest.head_budgets` differ.
 
-    With n = ceil(length / page_size) pages: all n * page_size places where n fits the page budget; else
+    With n = ceil(length / page_size) pages: all n * page_size places where n fits the head's page budget; else
 
         n * metadata_scale + heads * page_budget * page_size
 
@@ -68,7 +70,17 @@ def kv_tokens_read(length: int, quest: QuestConfig, *, group: int = 1, metadata_
     over the cache's. heads is 1, or with head_reduction "none" the group: each of its query heads reads its own pages.
     """
     pages = -(-length // quest.page_size)
-    if pages <= quest.page_budget:
-        return pages * quest.page_size
     heads = group if quest.head_reduction == "none" else 1
-    return pages * metadata_scale + heads * quest.page_budget * quest.page_size
+
+    def read(page_budget: int) -> float:
+        if pages <= page_budget:
+            return pages * quest.page_size
+        return pages * metadata_scale + heads * page_budget * quest.page_size
+
+    of_row = quest.row_page_budget(length)
+    if quest.head_budgets is None:
+        return read(of_row)
+    by_layer = enumerate(quest.head_page_budgets)
+    counts = Counter(budget for layer, heads in by_layer if layer not in quest.dense_layers for budget in heads)
+    total = sum(count * read(budget * of_row // quest.page_budget) for budget, count in counts.items())
+    return total / max(counts.total(), 1)
