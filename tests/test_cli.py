@@ -12,7 +12,8 @@ import pytest
 import torch
 from models import fetch_smollm2_or_skip, random_llama
 
-from quest_ops import QuestConfig, cli, config, demo, info, inspection_report
+from quest_ops import QuestConfig, cli, demo, info, inspection_report
+from quest_ops.commands import generate as generate_command
 from quest_ops.info import Device, System
 from quest_ops.llama.config import LlamaConfig
 from quest_ops.llama.model import WEIGHTS
@@ -133,12 +134,14 @@ def test_info_names_the_cpu_kernels_that_run():
     )
 
 
-@pytest.mark.parametrize("arguments", [(), ("info",), ("demo",), ("generate",), ("inspect",)])
+@pytest.mark.parametrize("arguments", [(), *((name,) for name in cli.COMMANDS)])
 def test_help_explains_by_examples(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([*arguments, "--help"])
     assert stopped.value.code == 0
-    assert arguments == ("info",) or "  quest-ops " in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert arguments == ("info",) or "  quest-ops " in shown
+    assert arguments or all(f"  quest-ops {name} " in shown for name in cli.COMMANDS)
 
 
 @pytest.fixture(scope="module")
@@ -188,11 +191,11 @@ def test_generate_writes_text_to_stdout_and_statistics_to_stderr(folder, capsys,
     assert generate(capsys, folder, "--prompt-file", tmp_path / "prompt.txt")[:2] == (0, text)
 
 
-@pytest.mark.parametrize("weights", cli.WEIGHTS)
+@pytest.mark.parametrize("weights", WEIGHTS)
 def test_weights_are_rounded_as_asked_for(folder, capsys, weights):
     arguments = ("generate", "--model", str(folder), "--prompt", PROMPT, "--max-new-tokens", "4", "--device", "cpu")
     assert cli.main([*arguments, "--weights", weights]) == 0
-    assert cli.WEIGHTS == WEIGHTS  # which it repeats, to be as quick as it is without torch
+    assert generate_command.WEIGHTS == WEIGHTS  # which it repeats, to be as quick as it is without the decoder
     assert f"attention, {weights} on cpu" in capsys.readouterr().err
     assert cli.main([*arguments, "--weights", weights, "--dtype", "float32"]) == 2
     assert f"weights '{weights}' go with dtype bfloat16, got torch.float32" in capsys.readouterr().err
@@ -328,7 +331,6 @@ def test_inspect_reads_stdin_and_takes_settings(folder, tmp_path, monkeypatch, c
     found = json.loads((tmp_path / "a/look/inspect.json").read_text())
     expected = {"token_budget": 112, "page_size": 8, "bound": "mean_std", "metadata_dtype": "torch.float8_e4m3fn"}
     assert found["prompt_tokens"] == len(PROMPT) and found["quest"].items() >= expected.items()
-    assert cli.BOUNDS == config.BOUNDS  # which it repeats
 
 
 @pytest.mark.parametrize(
