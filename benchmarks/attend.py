@@ -15,17 +15,12 @@ class Step(fidelity.Step):
     """
 
     def __init__(self, attention: QuestAttention, rows: int = MAX_ROWS_PER_REQUEST):
-        super().__init__(attention, rows)
+        super().__init__(attention)
+        self.rows = rows
 
-    def quest(self, layer: int, query: Tensor) -> tuple[Tensor, Tensor]:
-        config = self.config
-        if layer in config.dense_layers:
-            return self.exact(layer, query)
-        return quest_ops.quest_decode_attention(
-            query, *self._pool(layer), self.cache.page_metadata(layer), self._table, self.attention.seq_lens,
-            config.page_budget, config.sink_pages, config.recent_pages, config.head_reduction,
-            sm_scale=self.attention.sm_scale,
-        )  # fmt: skip
+    def policy(self, layer: int, query: Tensor) -> tuple[Tensor, Tensor]:
+        """As `attention.run` would attend."""
+        return self.exact(layer, query) if layer in self.config.dense_layers else self.quest(layer, query)
 
     def oracle(self, layer: int, query: Tensor) -> tuple[Tensor, Tensor]:
         """Of the choices of pages that a KV head may make (sink, recent and budget as configured), the one that keeps
@@ -40,7 +35,7 @@ class Step(fidelity.Step):
     def _page_masses(self, layer: int, query: Tensor) -> Tensor:
         """[R, Hkv, P] float32: each page's share of the exact attention, summed over the query heads of a KV head."""
         query = query.unflatten(1, (self.cache.num_kv_heads, -1)).unflatten(0, (-1, self.rows))  # [B, T, Hkv, G, D]
-        keys = self.cache.k_cache(layer)[self._table].flatten(1, 2)  # [B, L, Hkv, D]
+        keys = self.cache.k_cache(layer)[self.attention.request_table].flatten(1, 2)  # [B, L, Hkv, D]
         logits = torch.einsum("bthgd,blhd->bthgl", query.float() * self.attention.sm_scale, keys.float()).flatten(0, 1)
         seen = torch.arange(logits.size(-1), device=logits.device) < self.attention.seq_lens[:, None]  # [R, L]
         shares = logits.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)

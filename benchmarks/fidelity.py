@@ -18,7 +18,7 @@ class Probe(Step):
 
     def __init__(self, attention, oracle: bool, windows: int):
         super().__init__(attention)
-        self.chosen = self.oracle if oracle else self.quest
+        self.chosen = self.oracle if oracle else self.policy
         shape = 3, windows, self.cache.num_layers, attention.num_query_heads
         self.sums = torch.zeros(shape, dtype=torch.float64, device=self.cache.device)
 

@@ -35,9 +35,9 @@ class QuestAttention:
     asynchronous copy, two when a sequence got another block. In a decode step `block_table` [max_batch_size,
     max_blocks] int32, `seq_lens` and `page_budgets` [N] int32, with `config.head_budgets` also `head_page_budgets`
     [layers, N, Hkv or Hq] int32, `slot_mapping` [N] int64 and, for the caller's RoPE, `positions` [N] int64 stay at
-    their addresses and are all that `run` reads of the step: a CUDA graph of it may be
-    replayed after every `plan` of as many sequences and tokens and of the same `step_kind`: "dense" where no row has
-    more than `dense_length` tokens, else "quest". A prefill step ("prefill") has tensors of its own.
+    their addresses and are all that `run` reads of the step (`request_table`: the step's rows of `block_table`): a CUDA
+    graph of it may be replayed after every `plan` of as many sequences and tokens and of the same `step_kind`: "dense"
+    where no row has more than `dense_length` tokens, else "quest". A prefill step ("prefill") has tensors of its own.
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class QuestAttention:
 
         cache = self.cache
         rows = self.positions.numel()
-        self._request_table = self.block_table[: len(seqs)]
+        self.request_table = self.block_table[: len(seqs)]
         self._query_shape = (rows, self.num_query_heads, cache.head_dim)
         self._key_shape = (rows, cache.num_kv_heads, cache.head_dim)
 
@@ -204,7 +204,7 @@ class QuestAttention:
                 query,
                 k_cache,
                 v_cache,
-                self._request_table,
+                self.request_table,
                 self.seq_lens,
                 page_size=config.page_size,
                 sm_scale=self.sm_scale,
@@ -217,7 +217,7 @@ class QuestAttention:
             k_cache,
             v_cache,
             metadata,
-            self._request_table,
+            self.request_table,
             self.seq_lens,
             page_budget,
             config.sink_pages,

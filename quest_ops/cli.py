@@ -7,9 +7,9 @@ import io
 import os
 import sys
 
-from quest_ops.commands import demo, generate, info, inspect
+from quest_ops.commands import calibrate, demo, generate, info, inspect
 
-COMMANDS = {"info": info, "demo": demo, "generate": generate, "inspect": inspect}
+COMMANDS = {"info": info, "demo": demo, "generate": generate, "inspect": inspect, "calibrate": calibrate}
 
 DESCRIPTION = """\
 Query-aware sparse decode attention (QUEST) for long contexts.
@@ -18,6 +18,7 @@ Query-aware sparse decode attention (QUEST) for long contexts.
   quest-ops demo                                          dense and Quest attention side by side on a long text
   quest-ops generate --prompt "Once upon a time"          text from SmolLM2-135M, with Quest attention
   quest-ops inspect --prompt-file report.txt --out look   which pages Quest chooses there, and what they miss
+  quest-ops calibrate --text book.txt                     a budget for each layer and KV head, measured on a text
 """
 
 

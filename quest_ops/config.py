@@ -150,7 +150,8 @@ class QuestConfig:
     @classmethod
     def with_head_budgets(cls, path: str | Path, **settings) -> QuestConfig:
         """Budgets by layer and KV head from a file of `quest-ops calibrate`, and what they were measured with: its
-        page_size, bound, bound_scale and token_budget. `settings` are the other fields.
+        page_size, bound, bound_scale and token_budget, which must stay, sink_tokens and recent_tokens. `settings` are
+        the other fields.
 
         Raises OSError, ValueError for a file of another form (see `load_head_budgets`), and as QuestConfig does.
         """
@@ -161,6 +162,7 @@ class QuestConfig:
             theirs = getattr(of_file, name)
             if settings.setdefault(name, theirs) != theirs:
                 raise ValueError(f"{name} must be {theirs!r}, as the budgets of {path} need it, got {settings[name]!r}")
+        settings = {"sink_tokens": of_file.sink_tokens, "recent_tokens": of_file.recent_tokens} | settings
         return cls(head_budgets=of_file.tokens, **settings)
 
     @property

@@ -12,12 +12,12 @@ from quest_ops.attention import QuestAttention
 class Step:
     """The decode step that `attention` has planned, op by op: for whoever asks more than `QuestAttention.run` tells.
 
-    rows: query tokens of each sequence in the step. query [R, Hq, D], key and value [R, Hkv, D]: as `run` takes them.
-    `append` writes the keys and values of a layer; after that the others say what its queries choose and attend to.
+    query [R, Hq, D], key and value [R, Hkv, D]: as `run` takes them. `append` writes the keys and values of a layer;
+    after that the others say what its queries choose and attend to.
     """
 
-    def __init__(self, attention: QuestAttention, rows: int = 1):
-        self.attention, self.config, self.cache, self.rows = attention, attention.config, attention.cache, rows
+    def __init__(self, attention: QuestAttention):
+        self.attention, self.config, self.cache = attention, attention.config, attention.cache
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> None:
         ops.append_paged_kv(
@@ -37,7 +37,7 @@ class Step:
         scores = ops.estimate_page_scores(
             query,
             self.cache.page_metadata(layer),
-            self._table,
+            self.attention.request_table,
             seq_lens,
             config.page_size,
             config.head_reduction,
@@ -52,6 +52,25 @@ class Step:
             page_budgets=page_budgets,
         )
 
+    def quest(self, layer: int, query: Tensor, page_budget: int | None = None) -> tuple[Tensor, Tensor]:
+        """To the pages that Quest chooses: out and lse as of `exact`. page_budget: of each row; None: as planned."""
+        config, page_budgets = self.config, None
+        if page_budget is None:
+            page_budget, page_budgets = self.attention.budgets_of(layer)
+        return ops.quest_decode_attention(
+            query,
+            *self._pool(layer),
+            self.cache.page_metadata(layer),
+            self.attention.request_table,
+            self.attention.seq_lens,
+            page_budget,
+            config.sink_pages,
+            config.recent_pages,
+            config.head_reduction,
+            sm_scale=self.attention.sm_scale,
+            page_budgets=page_budgets,
+        )
+
     def exact(self, layer: int, query: Tensor) -> tuple[Tensor, Tensor]:
         """To all tokens: out [R, Hq, D] and lse [R, Hq] float32, natural log of the sum of exp(sm_scale * q . k)."""
         return self.listed(layer, query, None)
@@ -63,7 +82,7 @@ class Step:
         return ops.sparse_decode_attention(
             query,
             *self._pool(layer),
-            self._table,
+            self.attention.request_table,
             self.attention.seq_lens,
             page_ids,
             page_counts,
@@ -73,10 +92,6 @@ class Step:
 
     def _pool(self, layer: int) -> tuple[Tensor, Tensor]:
         return self.cache.k_cache(layer), self.cache.v_cache(layer)
-
-    @property
-    def _table(self) -> Tensor:
-        return self.attention.block_table[: len(self.attention.seq_lens) // self.rows]
 
 
 def compare(out: Tensor, lse: Tensor, exact: Tensor, exact_lse: Tensor) -> Tensor:

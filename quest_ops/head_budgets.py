@@ -13,11 +13,13 @@ FORMAT, VERSION = "quest_ops head budgets", 1
 
 @dataclass(frozen=True)
 class HeadBudgets:
-    """tokens: [layers][KV heads], whole pages; their mean is token_budget. model: its name, for the reader. page_size,
-    bound, bound_scale: as in QuestConfig, what the budgets were measured with."""
+    """tokens: [layers][KV heads], whole pages; their mean is token_budget. model: its name, for the reader. The others:
+    as in QuestConfig, what the budgets were measured with."""
 
     model: str
     page_size: int
+    sink_tokens: int
+    recent_tokens: int
     bound: str
     bound_scale: float
     token_budget: int
@@ -56,7 +58,8 @@ def load_head_budgets(path: str | Path) -> HeadBudgets:
             raise ValueError(f"bound must be one of {BOUNDS}, got {fields['bound']!r}")
         if isinstance(fields["bound_scale"], bool) or not isinstance(fields["bound_scale"], (int, float)):
             raise TypeError(f"bound_scale must be a number, got {fields['bound_scale']!r}")
-        check_int("token_budget", fields["token_budget"], 1)
+        for name, least in (("sink_tokens", 0), ("recent_tokens", 1), ("token_budget", 1)):
+            check_int(name, fields[name], least)
         fields["tokens"] = check_head_budgets("tokens", fields["tokens"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error

@@ -26,7 +26,7 @@ def prefill(attention, lengths):
 def assert_attends_as_the_twin(attention, budgets, inputs):
     """The planned step in each layer, with budgets [layers, rows, heads] in pages."""
     cache, config = attention.cache, attention.config
-    requests = attention.block_table[: len(attention._request_table)].cpu()
+    requests = attention.request_table.cpu()
     for layer in range(LAYERS):
         out = attention.run(layer, *inputs)
         tensors = [x.cpu() for x in (cache.k_cache(layer), cache.v_cache(layer), cache.page_metadata(layer))]

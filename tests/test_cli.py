@@ -14,6 +14,7 @@ from models import fetch_smollm2_or_skip, random_llama
 
 from quest_ops import QuestConfig, cli, demo, info, inspection_report
 from quest_ops.commands import generate as generate_command
+from quest_ops.head_budgets import HeadBudgets
 from quest_ops.info import Device, System
 from quest_ops.llama.config import LlamaConfig
 from quest_ops.llama.model import WEIGHTS
@@ -263,6 +264,7 @@ def test_ctrl_c_ends_it_without_a_traceback(folder, when, monkeypatch, capsys):
         (("--prompt", PROMPT * 2), "the prompt has 366 tokens; this model takes 1 to 300"),
         (("--prompt", ""), "the prompt has 0 tokens"),
         (("--prompt", "A", "--token-budget", 64), "token_budget 64 is 4 pages"),
+        (("--prompt", "A", "--budget-ratio", 1.5), "budget_ratio must be between 0 and 1"),
         (("--prompt", "A", "--max-new-tokens", 0), "--max-new-tokens must be at least 1, got 0"),
         (("--prompt", "A", "--temperature", -1), "temperature must be"),
         (("--prompt", "A", "--top-p", 0), "top_p must be"),
@@ -280,6 +282,75 @@ def test_generate_errors_are_one_line(folder, capsys, arguments, message):
     lines = [line for line in error.splitlines() if "error:" in line]
     assert code == 2 and out == "" and len(lines) == 1
     assert re.search(message, lines[0]) and error.splitlines() == lines
+
+
+def test_calibrated_budgets_are_written_and_read(folder, capsys, tmp_path):
+    text, out = tmp_path / "text.txt", tmp_path / "budgets.json"
+    text.write_text("".join(chr(33 + i * i % 90) for i in range(900)))
+    settings = "--token-budget", 112, "--recent-tokens", 16, "--page-size", 8, "--bound", "mean_std"
+    sizes = "--windows", 3, "--steps", 16, "--device", "cpu"  # 284 tokens and 16: the model's 300 positions
+    arguments = "calibrate", "--model", folder, "--text", text, *settings, *sizes, "--out", out
+    assert cli.main(list(map(str, arguments))) == 0
+    shown = capsys.readouterr().out
+    assert "tokens for 2 heads, 112 on average\nerror of a layer's attention output after 284 tokens" in shown
+    config = QuestConfig.with_head_budgets(out)
+    assert (config.page_size, config.bound, config.token_budget, config.recent_tokens) == (8, "mean_std", 112, 16)
+    (first,), (second,) = config.head_budgets
+    assert first + second == 224
+
+    def generated(*budget):
+        arguments = "generate", "--model", folder, "--prompt", PROMPT, "--max-new-tokens", 4, "--device", "cpu"
+        return cli.main([*map(str, arguments), *map(str, budget)]), capsys.readouterr().err
+
+    code, statistics = generated("--head-budgets", out)
+    assert code == 0 and "100% of the KV" not in statistics
+    assert generated("--head-budgets", text) == (2, f"quest-ops generate: error: {text} is no JSON file: "
+        "Expecting value: line 1 column 1 (char 0)\n")  # fmt: skip
+    HeadBudgets("another", 8, 16, 64, "minmax", 1.0, 256, ((256, 256),)).save(out)
+    assert "config.head_budgets has 1 layers of 2 KV heads, the cache has 2 of 1" in generated("--head-budgets", out)[1]
+    with pytest.raises(SystemExit):
+        generated("--head-budgets", out, "--token-budget", 112)
+    assert "not allowed with argument" in capsys.readouterr().err
+
+
+def test_more_of_the_cache_is_read_with_a_ratio(folder, capsys):
+    shares = []
+    for ratio in ((), ("--budget-ratio", 0.8)):
+        code, _, statistics = generate(capsys, folder, "--prompt", PROMPT, *ratio)
+        assert code == 0
+        shares.append(int(re.search(r"(\d+)% of the KV", statistics)[1]))
+    assert shares[0] < 75 < shares[1] < 95
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--text", "no/such/file"), "No such file"),
+        (("--text", "latin.txt"), "latin.txt is not UTF-8 text"),
+        (("--out", "no/such/budgets.json"), "--out no/such/budgets.json: there is no folder no/such"),
+        (("--windows", 0), "--windows must be at least 1, got 0"),
+        (("--steps", 0), "--steps must be at least 1, got 0"),
+        (("--token-budget", 64), "token_budget 64 is 4 pages"),
+        (("--page-size", 12), "page_size must be one of"),
+        (("--bound-scale", 2), "bound_scale must be 1 for bound 'minmax', got 2.0"),
+        (("--device", "tpu"), "--device must be"),
+        (("--context", 100), "context must be more than the token budget, 112, got 100"),
+        (("--context", 400), "context 400 and steps 16 are more than the model's 300 positions"),
+        (("--windows", 100), "context must be more than the token budget, 112, got 1"),
+        (("--context", 200, "--windows", 9), "the text has 900 tokens, too few for 9 windows of 200"),
+        (("--model", "no-such-model"), "there is no model at 'no-such-model'"),
+    ],
+)
+def test_calibrate_errors_are_one_line(folder, capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("a" * 900)
+    (tmp_path / "latin.txt").write_bytes(b"\xff")
+    given = "--model", folder, "--text", "text.txt", "--token-budget", 112, "--steps", 16, "--device", "cpu"
+    code = cli.main(["calibrate", *map(str, (*given, *arguments))])
+    out, error = capsys.readouterr()
+    assert code == 2 and out == "" and error.count("\n") == 1
+    assert error.startswith("quest-ops calibrate: error: ") and message in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latin.txt", "text.txt"]
 
 
 def test_an_error_has_no_traceback(tmp_path):

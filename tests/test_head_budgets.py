@@ -7,7 +7,7 @@ import pytest
 from quest_ops import QuestConfig
 from quest_ops.head_budgets import HeadBudgets, load_head_budgets
 
-BUDGETS = HeadBudgets("a/model", 8, "mean_std", 1.5, 256, ((128, 384), (96, 416), (256, 256)))
+BUDGETS = HeadBudgets("a/model", 8, 16, 32, "mean_std", 1.5, 256, ((128, 384), (96, 416), (256, 256)))
 
 
 @pytest.fixture
@@ -20,14 +20,15 @@ def test_what_is_saved_is_read(path):
     assert load_head_budgets(path) == BUDGETS
     fields = json.loads(path.read_text())
     assert (fields["format"], fields["version"]) == ("quest_ops head budgets", 1)
-    assert len(path.read_text().splitlines()) == 14  # a field a line, a layer a line
+    assert len(path.read_text().splitlines()) == 16  # a field a line, a layer a line
 
 
 def test_a_config_takes_what_the_budgets_were_measured_with(path):
     config = QuestConfig.with_head_budgets(str(path), sink_tokens=0, page_size=8)
     assert config == QuestConfig(
-        page_size=8, bound="mean_std", bound_scale=1.5, token_budget=256, head_budgets=BUDGETS.tokens, sink_tokens=0
-    )
+        page_size=8, bound="mean_std", bound_scale=1.5, token_budget=256, head_budgets=BUDGETS.tokens, sink_tokens=0,
+        recent_tokens=32,
+    )  # fmt: skip
     for settings in ({"page_size": 16}, {"bound": "minmax"}, {"bound_scale": 1.0}, {"token_budget": 512}):
         (name,) = settings
         with pytest.raises(ValueError, match=f"{name} must be .* as the budgets of .*budgets.json need it"):
@@ -50,6 +51,7 @@ def test_a_config_takes_what_the_budgets_were_measured_with(path):
         ({"page_size": [8]}, "page_size must be one of"),
         ({"bound": "std"}, "bound must be one of .*'std'"),
         ({"bound_scale": "1"}, "bound_scale must be a number, got '1'"),
+        ({"recent_tokens": 0}, "recent_tokens must be at least 1, got 0"),
         ({"token_budget": 0}, "token_budget must be at least 1, got 0"),
         ({"heads": 3}, "'heads' is not known"),
     ],
@@ -60,7 +62,7 @@ def test_what_is_wrong_with_a_file_is_named(path, changes, message):
         load_head_budgets(path)
 
 
-@pytest.mark.parametrize("name", ["version", "model", "page_size", "bound", "bound_scale", "token_budget", "tokens"])
+@pytest.mark.parametrize("name", ["version", "model", "recent_tokens", "bound_scale", "tokens"])
 def test_what_a_file_lacks_is_named(path, name):
     fields = json.loads(path.read_text())
     del fields[name]

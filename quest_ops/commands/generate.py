@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from quest_ops.commands.arguments import add_budget, add_device, add_model, need_extra, read_prompt
 from quest_ops.config import QuestConfig
@@ -29,7 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt-file", metavar="FILE", help='UTF-8 text; "-": stdin')
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's message: use the chat template")
     parser.add_argument("--attention", choices=ATTENTIONS, default="quest", help="default: %(default)s")
-    add_budget(parser, 2048)
+    budget = parser.add_mutually_exclusive_group()
+    add_budget(budget, 2048)
+    budget.add_argument("--head-budgets", type=Path, metavar="FILE", help="by layer and head, from quest-ops calibrate")
+    parser.add_argument(
+        "--budget-ratio", type=float, metavar="SHARE", help="of the context, where that is more than the budget"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=128, help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
     parser.add_argument("--top-p", type=float, default=1.0, help="default: %(default)s")
@@ -53,7 +59,10 @@ def run(args: argparse.Namespace) -> int:
     from quest_ops.llama.sampling import check_sampling
     from quest_ops.progress import ProgressBars
 
-    quest = QuestConfig(token_budget=args.token_budget)
+    if args.head_budgets is None:
+        quest = QuestConfig(token_budget=args.token_budget, budget_ratio=args.budget_ratio)
+    else:
+        quest = QuestConfig.with_head_budgets(args.head_budgets, budget_ratio=args.budget_ratio)
     text = read_prompt(args.prompt_file) if args.prompt is None else args.prompt
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
