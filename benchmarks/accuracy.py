@@ -33,7 +33,7 @@ import record
 import torch
 from fidelity import Probe, summary
 from forced import MOST_SEQUENCES, Continuation, Documents
-from policies import POLICIES
+from policies import POLICIES, Policy, calibrated
 from tasks import FILLER, KINDS, Asker, pieces, texts_of
 
 from quest_ops.llama.model import Llama
@@ -84,20 +84,19 @@ def perplexity(args, model: Llama, tokenizer: Tokenizer, texts: Texts) -> list[d
         dense = losses()
         print(f"dense: {dense.mean():.4f} nats a token, {len(kinds)} windows of {args.tokens} tokens after {context}")
         print(f"{HEADER}{'added loss':>12}{'+-':>8}{columns(dict.fromkeys(kinds))}")
-        for policy in POLICIES:
-            for budget in args.budget:
-                added = losses(policy, budget) - dense
-                row = settings_of(policy, budget, context) | {
-                    "dense_loss": dense.mean().item(),
-                    "added_loss": added.mean().item(),
-                    "standard_error": added.std().item() / math.sqrt(len(added)),
-                    "windows": len(added),
-                    "tokens": args.tokens,
-                    "added_by_kind": {k: added[[x == k for x in kinds]].mean().item() for k in dict.fromkeys(kinds)},
-                }
-                rows.append(row)
-                by_kind = {kind: f"{loss:.4f}" for kind, loss in row["added_by_kind"].items()}
-                show(row, f"{row['added_loss']:12.4f}{row['standard_error']:8.4f}{columns(by_kind)}")
+        for policy, budget in args.compared:
+            added = losses(policy, budget) - dense
+            row = settings_of(policy, budget, context) | {
+                "dense_loss": dense.mean().item(),
+                "added_loss": added.mean().item(),
+                "standard_error": added.std().item() / math.sqrt(len(added)),
+                "windows": len(added),
+                "tokens": args.tokens,
+                "added_by_kind": {k: added[[x == k for x in kinds]].mean().item() for k in dict.fromkeys(kinds)},
+            }
+            rows.append(row)
+            by_kind = {kind: f"{loss:.4f}" for kind, loss in row["added_by_kind"].items()}
+            show(row, f"{row['added_loss']:12.4f}{row['standard_error']:8.4f}{columns(by_kind)}")
     return rows
 
 
@@ -107,18 +106,17 @@ def fidelity(args, model: Llama, tokenizer: Tokenizer, texts: Texts) -> list[dic
         documents, continuations, kinds = continued(args, model, tokenizer.encode(""), texts, context)
         print(f"{len(kinds)} windows of {args.tokens} tokens after {context}; by kind of text: error")
         print(f"{HEADER}{'error':>12}{'+-':>8}{'mass':>8}{columns(dict.fromkeys(kinds))}")
-        for policy in POLICIES:
-            for budget in args.budget:
-                attention, sums = documents.attention_of(policy, budget), []
-                for first in range(0, len(continuations), MOST_SEQUENCES):
-                    some = continuations[first : first + MOST_SEQUENCES]
-                    probe = Probe(attention, policy.oracle, len(some))
-                    documents.decode(attention, probe, some)
-                    sums.append(probe.sums)
-                row = settings_of(policy, budget, context) | summary(torch.cat(sums, 1), args.tokens, kinds)
-                rows.append(row)
-                by_kind = {kind: f"{error:.3f}" for kind, error in row["error_by_kind"].items()}
-                show(row, f"{row['error']:12.3f}{row['standard_error']:8.3f}{row['mass']:8.3f}{columns(by_kind)}")
+        for policy, budget in args.compared:
+            attention, sums = documents.attention_of(policy, budget), []
+            for first in range(0, len(continuations), MOST_SEQUENCES):
+                some = continuations[first : first + MOST_SEQUENCES]
+                probe = Probe(attention, policy.oracle, len(some))
+                documents.decode(attention, probe, some)
+                sums.append(probe.sums)
+            row = settings_of(policy, budget, context) | summary(torch.cat(sums, 1), args.tokens, kinds)
+            rows.append(row)
+            by_kind = {kind: f"{error:.3f}" for kind, error in row["error_by_kind"].items()}
+            show(row, f"{row['error']:12.3f}{row['standard_error']:8.3f}{row['mass']:8.3f}{columns(by_kind)}")
     return rows
 
 
@@ -168,21 +166,20 @@ def found(args, model: Llama, asker: Asker) -> list[dict]:
     kinds = [question.kind for question in asker.questions]
     depths = [f"{question.depth:.3g}" for question in asker.questions]
     print(f"{HEADER}{'found':>10}{'of':>5}{columns(dict.fromkeys(kinds))}")
-    for policy in POLICIES:
-        for budget in args.budget:
-            kept = right(policy, budget)[dense].double()
-            by_kind, by_depth = (tally(kept, labels, dense) for labels in (kinds, depths))
-            row = settings_of(policy, budget, asker.context) | {
-                "found": kept.mean().item(),
-                "standard_error": math.sqrt(kept.mean().item() * (1 - kept.mean().item()) / trials),
-                "trials": trials,
-                "dense": [trials, len(dense)],
-                "found_by_kind": by_kind,
-                "found_by_depth": by_depth,
-            }
-            rows.append(row)
-            shares = {kind: f"{of_kind[0]}/{of_kind[1]}" for kind, of_kind in by_kind.items()}
-            show(row, f"{row['found']:10.0%}{trials:5}{columns(shares)}")
+    for policy, budget in args.compared:
+        kept = right(policy, budget)[dense].double()
+        by_kind, by_depth = (tally(kept, labels, dense) for labels in (kinds, depths))
+        row = settings_of(policy, budget, asker.context) | {
+            "found": kept.mean().item(),
+            "standard_error": math.sqrt(kept.mean().item() * (1 - kept.mean().item()) / trials),
+            "trials": trials,
+            "dense": [trials, len(dense)],
+            "found_by_kind": by_kind,
+            "found_by_depth": by_depth,
+        }
+        rows.append(row)
+        shares = {kind: f"{of_kind[0]}/{of_kind[1]}" for kind, of_kind in by_kind.items()}
+        show(row, f"{row['found']:10.0%}{trials:5}{columns(shares)}")
     return rows
 
 
@@ -226,6 +223,19 @@ DEFAULTS = {
 }  # fmt: skip
 
 
+def compared(budgets: list[int], files: list[Path]) -> list[tuple[Policy, int]]:
+    """Policies and budgets, those of one cache layout together. Raises as `calibrated`, and for other budgets."""
+    pairs = [(policy, budget) for policy in POLICIES for budget in budgets]
+    for file in files:
+        policy, budget = calibrated(file)
+        if budget not in budgets:
+            raise ValueError(f"--head-budgets {file} is for a budget of {budget}, not of --budget {budgets}")
+        pairs.append((policy, budget))
+    for policy, budget in pairs:
+        policy.config(budget)
+    return sorted(pairs, key=lambda pair: (pair[0].page_size, pair[0].eight_bit), reverse=True)
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=TABLES)
@@ -237,6 +247,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--context", nargs="+", type=record.positive, metavar="TOKENS", help="of a document")
     parser.add_argument("--budget", nargs="+", type=record.positive, metavar="TOKENS")
     parser.add_argument("--pieces", type=record.positive, metavar="N", help="documents of each kind of text")
+    parser.add_argument(
+        "--head-budgets", nargs="+", type=Path, default=[], metavar="FILE",
+        help="rows with budgets by layer and head, of quest-ops calibrate, each for one --budget",
+    )  # fmt: skip
     record.add_arguments(parser)
     args = parser.parse_args()
 
@@ -249,10 +263,8 @@ def parse() -> argparse.Namespace:
     if max(args.budget) >= min(args.context):
         parser.error(f"--budget {max(args.budget)} covers a --context of {min(args.context)}")
     try:
-        for policy in POLICIES:
-            for budget in args.budget:
-                policy.config(budget)
-    except ValueError as error:
+        args.compared = compared(args.budget, args.head_budgets)
+    except (OSError, TypeError, ValueError) as error:
         parser.error(str(error))
     if missing := [str(file) for file in args.text if not file.is_file()]:
         parser.error(f"--text: no such file: {', '.join(missing)}")

@@ -1,10 +1,12 @@
 """What accuracy.py compares: ways to choose the pages that a decode step attends to, at equal budgets."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
 from quest_ops import QuestConfig
+from quest_ops.head_budgets import load_head_budgets
 
 BLOCK_SIZE = 16  # tokens of a block in every policy's cache, whatever its pages: the keys and values are the same ones
 
@@ -13,7 +15,8 @@ BLOCK_SIZE = 16  # tokens of a block in every policy's cache, whatever its pages
 class Policy:
     """paper: no sink, one recent page, the first two layers dense; else one sink page and 64 recent tokens (32 where
     the budget is below 512). recent_only: the sink and the most recent pages, chosen without metadata. oracle: pages
-    chosen by their true attention mass, which takes all keys: how well any choice of as many pages could do."""
+    chosen by their true attention mass, which takes all keys: how well any choice of as many pages could do.
+    head_budgets: tokens of each layer and KV head, as many on average as the one budget that they are for."""
 
     name: str
     bound: str = "minmax"
@@ -23,6 +26,7 @@ class Policy:
     paper: bool = False
     recent_only: bool = False
     oracle: bool = False
+    head_budgets: tuple[tuple[int, ...], ...] | None = None
 
     def config(self, budget: int) -> QuestConfig:
         settings = {
@@ -32,6 +36,7 @@ class Policy:
             "bound": self.bound,
             "bound_scale": self.bound_scale,
             "metadata_dtype": torch.float8_e4m3fn if self.eight_bit else None,
+            "head_budgets": self.head_budgets,
         }
         if self.paper:
             return QuestConfig.paper(**settings)
@@ -59,3 +64,17 @@ POLICIES = (
     Policy("mean_std 1, pages of 8, 8-bit", bound="mean_std", page_size=8, eight_bit=True),
     Policy("mean_std 1.5, pages of 8, 8-bit", bound="mean_std", bound_scale=1.5, page_size=8, eight_bit=True),
 )
+
+
+def calibrated(path: Path) -> tuple[Policy, int]:
+    """The policy of POLICIES that a file of `quest-ops calibrate` was measured with, with its budgets by layer and
+    head, and the budget that it is for. Raises OSError, or ValueError where there is no such policy or file."""
+    found = load_head_budgets(path)
+    for policy in POLICIES:
+        measured = found.bound, found.bound_scale, found.page_size
+        special = policy.paper or policy.recent_only or policy.oracle
+        if not special and (policy.bound, policy.bound_scale, policy.page_size) == measured:
+            return replace(policy, name=f"{policy.name}, by head", head_budgets=found.tokens), found.token_budget
+    raise ValueError(
+        f"{path}: no policy here has pages of {found.page_size} with bound {found.bound} {found.bound_scale:g}"
+    )

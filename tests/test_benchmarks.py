@@ -18,6 +18,7 @@ from models import fetch_smollm2_or_skip, random_llama
 
 import quest_ops
 from quest_ops import PagedKVCache, QuestAttention, QuestConfig
+from quest_ops.head_budgets import HeadBudgets
 from quest_ops.llama.weights import expected_shapes
 
 ROOT = Path(__file__).parent.parent
@@ -499,6 +500,43 @@ def test_policies_fill_equal_budgets(bench):
     assert bench.policies.POLICIES[0].config(256) == QuestConfig.paper(token_budget=256, dense_below=256)
 
 
+@pytest.fixture
+def budgets_file(tmp_path):
+    path = tmp_path / "budgets.json"
+    HeadBudgets("any", 8, 16, 32, "mean_std", 1.0, 128, ((56, 200), (64, 192), (128, 128))).save(path)
+    return path
+
+
+@torch.inference_mode()
+def test_budgets_by_head_are_compared_beside_the_policy_they_were_measured_with(bench, budgets_file):
+    """Through the same decode steps, and fidelity counts the same choice of pages."""
+    pairs = bench.accuracy.compared([128, 512], [budgets_file])
+    assert len(pairs) == 2 * len(bench.policies.POLICIES) + 1
+    layouts = [(policy.page_size, policy.eight_bit) for policy, _ in pairs]
+    assert layouts == sorted(layouts, reverse=True)  # those of a cache stand together
+    ((policy, budget),) = [(p, b) for p, b in pairs if p.head_budgets]
+    assert (policy.name, budget, policy.metadata_bytes) == ("mean_std 1, pages of 8, 8-bit, by head", 128, 1)
+    documents, continuations = small_documents(bench)
+    for prediction, continuation in zip(documents.predict(policy, 128, continuations), continuations):
+        loss, _ = one_token_a_step(documents, policy.config(128), False, continuation)
+        torch.testing.assert_close(prediction.loss, loss, rtol=1e-4, atol=1e-4)
+    attention = documents.attention_of(policy, 128)
+    attention.plan([attention.cache.fork(0)], 8)
+    step = bench.attend.Step(attention)
+    query, key, value = torch.randn(3, 8, 4, 64, generator=torch.Generator().manual_seed(0)).unbind()
+    for layer in range(3):
+        out = attention.run(layer, query, key[:, :2], value[:, :2])
+        assert torch.equal(step.quest(layer, query)[0], out)
+
+
+def test_budgets_by_head_that_cannot_be_compared_are_named(bench, budgets_file):
+    with pytest.raises(ValueError, match=r"budgets.json is for a budget of 128, not of --budget \[256\]"):
+        bench.accuracy.compared([256], [budgets_file])
+    HeadBudgets("any", 32, 32, 32, "cuboid", 1.0, 128, ((128,),)).save(budgets_file)
+    with pytest.raises(ValueError, match="no policy here has pages of 32 with bound cuboid 1"):
+        bench.accuracy.compared([128], [budgets_file])
+
+
 def test_quick_accuracy_run_writes_rows_and_a_figure(smollm2, tmp_path):
     pytest.importorskip("matplotlib")
     files = "--json", tmp_path / "a.json", "--figure", tmp_path / "a.png"
@@ -556,6 +594,7 @@ def test_texts_are_utf_8_and_have_names_of_their_own(bench, tmp_path):
         (("--quick", "--context", "512", "--budget", "512"), "--budget 512 covers a --context of 512"),
         (("--quick", "--budget", "48"), "at least 64"),
         (("--quick", "--text", "nowhere.txt"), "--text: no such file: nowhere.txt"),
+        (("--quick", "--head-budgets", "nowhere.json"), "No such file or directory: 'nowhere.json'"),
     ],
 )
 def test_accuracy_says_in_one_line_what_it_cannot_do(arguments, message):
