@@ -32,12 +32,13 @@ class QuestAttention:
     sm_scale: factor on q . k; None: 1 / sqrt(head_dim).
 
     A step is one `plan` and then `run` for each layer, on one stream. `plan` works on the host and makes one small
-    asynchronous copy, two when a sequence got another block. In a decode step `block_table` [max_batch_size,
-    max_blocks] int32, `seq_lens` and `page_budgets` [N] int32, with `config.head_budgets` also `head_page_budgets`
-    [layers, N, Hkv or Hq] int32, `slot_mapping` [N] int64 and, for the caller's RoPE, `positions` [N] int64 stay at
-    their addresses and are all that `run` reads of the step (`request_table`: the step's rows of `block_table`): a CUDA
-    graph of it may be replayed after every `plan` of as many sequences and tokens and of the same `step_kind`: "dense"
-    where no row has more than `dense_length` tokens, else "quest". A prefill step ("prefill") has tensors of its own.
+    asynchronous copy, two when a sequence got another block, and with `config.head_budgets` a few small kernels. In a
+    decode step `block_table` [max_batch_size, max_blocks] int32 (`request_table`: its rows of this step), `seq_lens`
+    and `page_budgets` [N] int32, with `config.head_budgets` also `head_page_budgets` [layers, N, Hkv or Hq] int32,
+    `slot_mapping` [N] int64 and, for the caller's RoPE, `positions` [N] int64 stay at their addresses and are all that
+    `run` reads of the step: a CUDA graph of it may be replayed after every `plan` of as many sequences and tokens and
+    of the same `step_kind`: "dense" where no row has more than `dense_length` tokens, else "quest". A prefill step
+    ("prefill") has tensors of its own.
     """
 
     def __init__(

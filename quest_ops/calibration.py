@@ -14,7 +14,7 @@ from quest_ops.config import QuestConfig, check_int
 from quest_ops.fidelity import Step, compare
 from quest_ops.llama.model import Llama
 
-STEPS_OF_BUDGET = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4)  # where errors are measured, as multiples of the page budget
+MULTIPLES = tuple(2 ** (i / 2) for i in range(-6, 5))  # of the page budget, 1/8 to 4: where errors are measured
 PREFILL_CHUNK = 512
 
 
@@ -75,7 +75,7 @@ def calibrate(
 
     least, uniform = config.sink_pages + config.recent_pages + 1, config.page_budget
     all_pages = -(-size // config.page_size)
-    budgets = sorted({least} | {min(max(least, int(uniform * share)), all_pages) for share in STEPS_OF_BUDGET})
+    budgets = sorted({least} | {min(max(least, int(uniform * share)), all_pages) for share in MULTIPLES})
     errors = head_errors(model, pieces, context, config, budgets, progress)
     curves = errors[sparse].flatten(0, 1).tolist()
     pages, left = share_out(budgets, curves, uniform * len(curves))
