@@ -41,7 +41,7 @@ from quest_ops.llama.tokenizer import Tokenizer
 
 SEED = 1
 Texts = dict[str, list[int]]  # tokens of each kind of text
-HEADER = f"{'policy':34}{'metadata':>9}{'context':>9}{'budget':>8}"
+HEADER = f"{'policy':40}{'metadata':>9}{'context':>9}{'budget':>8}"
 
 
 def note(text: str) -> None:
@@ -200,7 +200,7 @@ def columns(by_kind: dict) -> str:
 
 def show(row: dict, result: str) -> None:
     metadata = "-" if row["metadata"] is None else f"{row['metadata']:g}"
-    settings = f"{row['policy']:34}{metadata:>9}{row['context']:9}{row['budget']:8}"
+    settings = f"{row['policy']:40}{metadata:>9}{row['context']:9}{row['budget']:8}"
     print(settings + result, flush=True)
 
 
