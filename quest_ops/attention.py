@@ -11,6 +11,7 @@ from quest_ops.config import QuestConfig, check_int
 from quest_ops.dense import causal_attention, gather_kv
 from quest_ops.head_pages import HeadPages
 from quest_ops.planner import plan_dense_length
+from quest_ops.step_tensors import BlockTable, StepRows, decode_rows, to_device
 
 BACKENDS = ("quest", "dense", "sdpa", "flashinfer")
 MAX_ROWS_PER_REQUEST = 8  # of the decode ops, as is
@@ -118,14 +119,11 @@ class QuestAttention:
 
             self._flashinfer = FlashInferDecode(cache, num_query_heads, max_sequence_tokens, self.sm_scale)
 
-        self.block_table = torch.zeros(max_batch_size, max_blocks, dtype=torch.int32, device=cache.device)
-        on_cpu = cache.device.type == "cpu"
-        self._host_table = self.block_table if on_cpu else torch.zeros_like(self.block_table, device="cpu")
-        self._table_rows: list[tuple[int, int] | None] = [None] * max_batch_size  # (sequence, epoch) that a row shows
-        # What describes the rows of a decode step lies in one buffer, so that one copy fills it.
-        self._step_buffer = torch.zeros(self._max_rows * 3, dtype=torch.int64, device=cache.device)
+        self._table = BlockTable(cache, max_batch_size, max_blocks)
+        self.block_table = self._table.tensor
+        self._rows = StepRows(self._max_rows, cache.device)
         self.step_kind: str | None = None
-        self.slot_mapping, self.positions, self.seq_lens, self.page_budgets = self._slices(self._step_buffer, 0)
+        self.slot_mapping, self.positions, self.seq_lens, self.page_budgets = self._rows.fill([], [], [], [])
         self.head_page_budgets: Tensor | None = None
 
     def plan(self, seqs: list[int | None], new_tokens: int | list[int], *, prefill: bool = False) -> None:
@@ -148,7 +146,7 @@ class QuestAttention:
         self.cache.extend_all([seqs[b] for b in live], [counts[b] for b in live])
 
         lengths = [0 if seq is None else self.cache.length(seq) for seq in seqs]
-        self._update_block_table(seqs, live)
+        self._table.update(seqs)
         if decode:
             self._plan_decode(seqs, rows_per_request)
             sparse = self.backend == "quest" and max(lengths) > self.dense_length
@@ -162,7 +160,7 @@ class QuestAttention:
             first = 0
             for b in live:
                 first = b * rows_per_request if decode else first
-                self._spans.append((slice(first, first + counts[b]), lengths[b], self._blocks(b, seqs[b])))
+                self._spans.append((slice(first, first + counts[b]), lengths[b], self._table.blocks(b)))
                 first += counts[b]
         elif self._flashinfer is not None:
             self._flashinfer.plan(self.block_table, lengths, rows_per_request)
@@ -277,36 +275,11 @@ class QuestAttention:
                 f"got strides {list(query.stride())} at offset {query.storage_offset()}"
             )
 
-    def _slices(self, buffer: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """slot_mapping, positions [rows] int64, seq_lens and page_budgets [rows] int32 within a step buffer."""
-        n = self._max_rows
-        seq_lens, page_budgets = buffer[2 * n :].view(torch.int32).view(2, n)[:, :rows]
-        return buffer[:rows], buffer[n : n + rows], seq_lens, page_budgets
-
     def _plan_decode(self, seqs: list[int | None], rows_per_request: int) -> None:
-        block_size = self.cache.block_size
-        slots, positions, lengths = [], [], []
-        for seq in seqs:
-            if seq is None:
-                slots += [-1] * rows_per_request
-                positions += [0] * rows_per_request
-                lengths += [0] * rows_per_request
-                continue
-            sequence = self.cache.sequence(seq)
-            for position in range(sequence.length - rows_per_request, sequence.length):
-                slots.append(sequence.blocks[position // block_size] * block_size + position % block_size)
-                positions.append(position)
-                lengths.append(position + 1)
+        slots, positions, lengths = decode_rows(self.cache, seqs, rows_per_request)
         budgets = [self._most_pages if n <= self.dense_length else self.config.row_page_budget(n) for n in lengths]
-        # Fresh pinned memory for every copy: torch's host allocator reuses it only when the copy is done.
-        on_cpu = self.cache.device.type == "cpu"
-        host = self._step_buffer if on_cpu else torch.empty_like(self._step_buffer, device="cpu", pin_memory=True)
-        for to, numbers in zip(self._slices(host, len(slots)), (slots, positions, lengths, budgets), strict=True):
-            to.copy_(torch.tensor(numbers, dtype=to.dtype))
-        if not on_cpu:
-            self._step_buffer.copy_(host, non_blocking=True)
-        self.slot_mapping, self.positions, self.seq_lens, self.page_budgets = self._slices(
-            self._step_buffer, len(slots)
+        self.slot_mapping, self.positions, self.seq_lens, self.page_budgets = self._rows.fill(
+            slots, positions, lengths, budgets
         )
         if self._head_pages is not None:
             full = self.seq_lens.long() <= self.dense_length
@@ -318,41 +291,9 @@ class QuestAttention:
             end = self.cache.length(seqs[b])
             slots.append(self.cache.slots(seqs[b], end - counts[b], end))
             positions.append(torch.arange(end - counts[b], end))
-        self.slot_mapping, self.positions = self._to_device(torch.stack([torch.cat(slots), torch.cat(positions)]))
+        described = torch.stack([torch.cat(slots), torch.cat(positions)])
+        self.slot_mapping, self.positions = to_device(described, self.cache.device)
         self.seq_lens = (self.positions + 1).int()
-
-    def _update_block_table(self, seqs: list[int | None], live: list[int]) -> None:
-        """Sends the entries of the block table that have changed, in one copy for all rows."""
-        places, blocks = [], []
-        for b in live:
-            sequence = self.cache.sequence(seqs[b])
-            shown = (seqs[b], sequence.epoch)
-            if self._table_rows[b] == shown:
-                continue
-            row = self._host_table[b, : len(sequence.blocks)]
-            now = torch.frombuffer(sequence.blocks, dtype=torch.int32)
-            changed = (row != now).nonzero().flatten()
-            self._table_rows[b] = shown
-            if changed.numel():
-                row[changed] = now[changed]
-                places.append(changed + b * self._host_table.size(1))
-                blocks.append(now[changed].long())
-        if places and self.cache.device.type != "cpu":
-            places, blocks = self._to_device(torch.stack([torch.cat(places), torch.cat(blocks)]))
-            self.block_table.view(-1).scatter_(0, places, blocks.int())
-
-    def _to_device(self, host: Tensor) -> Tensor:
-        if self.cache.device.type == "cpu":
-            return host
-        return host.pin_memory().to(self.cache.device, non_blocking=True)
-
-    def _blocks(self, b: int, seq: int) -> Tensor | slice:
-        """The blocks of a sequence: a slice where they follow one another in the pool, else an index on the device."""
-        blocks = torch.frombuffer(self.cache.sequence(seq).blocks, dtype=torch.int32)
-        first, count = int(blocks[0]), blocks.numel()
-        if torch.equal(blocks, torch.arange(first, first + count, dtype=torch.int32)):
-            return slice(first, first + count)
-        return self.block_table[b, :count]
 
     def _run_sdpa(self, layer: int, query: Tensor) -> Tensor:
         out = torch.zeros(self._query_shape, dtype=query.dtype, device=query.device)
