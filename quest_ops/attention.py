@@ -10,6 +10,7 @@ from quest_ops.cache import PagedKVCache
 from quest_ops.config import QuestConfig, check_int
 from quest_ops.dense import causal_attention, gather_kv
 from quest_ops.head_pages import HeadPages
+from quest_ops.kept_pages import KeptPages
 from quest_ops.planner import plan_dense_length
 from quest_ops.step_tensors import BlockTable, StepRows, decode_rows, to_device
 
@@ -36,10 +37,14 @@ class QuestAttention:
     asynchronous copy, two when a sequence got another block, and with `config.head_budgets` a few small kernels. In a
     decode step `block_table` [max_batch_size, max_blocks] int32 (`request_table`: its rows of this step), `seq_lens`
     and `page_budgets` [N] int32, with `config.head_budgets` also `head_page_budgets` [layers, N, Hkv or Hq] int32,
-    `slot_mapping` [N] int64 and, for the caller's RoPE, `positions` [N] int64 stay at their addresses and are all that
-    `run` reads of the step: a CUDA graph of it may be replayed after every `plan` of as many sequences and tokens and
-    of the same `step_kind`: "dense" where no row has more than `dense_length` tokens, else "quest". A prefill step
-    ("prefill") has tensors of its own.
+    `slot_mapping` [N] int64 and, for the caller's RoPE, `positions` [N] int64 stay at their addresses and are, beside
+    the pages that rows keep, all that `run` reads of the step: a CUDA graph of it may be replayed after every `plan` of
+    as many sequences and tokens and of the same `step_kind`: "dense" where no row has more than `dense_length` tokens;
+    "reuse" where, with `config.select_every` above 1, no row chooses pages; else "quest". A prefill step ("prefill")
+    has tensors of its own.
+
+    With `config.select_every` above 1 run every planned step in all layers, in order: a row's later steps attend to
+    what it chose there. `keeps` says of each slot of the planned step whether its row attends to pages chosen before.
     """
 
     def __init__(
@@ -123,8 +128,20 @@ class QuestAttention:
         self.block_table = self._table.tensor
         self._rows = StepRows(self._max_rows, cache.device)
         self.step_kind: str | None = None
-        self.slot_mapping, self.positions, self.seq_lens, self.page_budgets = self._rows.fill([], [], [], [])
+        self._describe([], [], [], [])
         self.head_page_budgets: Tensor | None = None
+        self.kept: KeptPages | None = None
+        if backend == "quest" and config.select_every > 1:
+            self.kept = KeptPages(
+                config,
+                cache,
+                num_query_heads,
+                page_budget=self._most_pages,
+                dense_length=self.dense_length,
+                max_batch_size=max_batch_size,
+            )
+        self.keeps: list[bool] = []
+        self.uses_kept = False
 
     def plan(self, seqs: list[int | None], new_tokens: int | list[int], *, prefill: bool = False) -> None:
         """Reserves the tokens of a step in the cache and describes the step to the device.
@@ -147,10 +164,14 @@ class QuestAttention:
 
         lengths = [0 if seq is None else self.cache.length(seq) for seq in seqs]
         self._table.update(seqs)
+        self.uses_kept, self.keeps = False, [False] * len(seqs)
         if decode:
-            self._plan_decode(seqs, rows_per_request)
             sparse = self.backend == "quest" and max(lengths) > self.dense_length
             self.step_kind = "quest" if sparse else "dense"
+            if sparse and self.kept is not None and rows_per_request == 1:
+                self.uses_kept, self.keeps = True, self.kept.plan(seqs)
+                self.step_kind = "reuse" if all(self.keeps) else "quest"
+            self._plan_decode(seqs, rows_per_request)
         else:
             self._plan_prefill(seqs, live, counts)
             self.step_kind = "prefill"
@@ -198,13 +219,19 @@ class QuestAttention:
             return self._run_sdpa(layer, query)
         if self._flashinfer is not None:
             return self._flashinfer.run(layer, query)
+        pages = None
         if self.step_kind == "dense" or layer in self._dense_layers:
+            pages = ()  # all
+        elif self.uses_kept:
+            pages = self.kept_pages(layer, query)
+        if pages is not None:
             out, _ = ops.sparse_decode_attention(
                 query,
                 k_cache,
                 v_cache,
                 self.request_table,
                 self.seq_lens,
+                *pages,
                 page_size=config.page_size,
                 sm_scale=self.sm_scale,
                 workspace=self._workspace,
@@ -233,6 +260,14 @@ class QuestAttention:
         if self.head_page_budgets is not None:
             return self._most_pages, self.head_page_budgets[layer]
         return self._most_pages, self.page_budgets if self._most_pages > self.config.page_budget else None
+
+    def kept_pages(self, layer: int, query: Tensor) -> tuple[Tensor, Tensor]:
+        """page_ids [N, Hs, K] and page_counts [N, Hs] of a layer in a planned step that `uses_kept`; rows that do not
+        keep theirs choose them with query [N, Hq, D] and the metadata as it is. The next such step writes over them."""
+        if self.step_kind == "quest":
+            _, page_budgets = self.budgets_of(layer)
+            self.kept.choose(layer, query, self.request_table, self._choosing_lens, page_budgets, self._row_keeps)
+        return self.kept.lists(layer, len(query))
 
     def _check_step(self, seqs: list[int | None], new_tokens: int | list[int]) -> list[int]:
         if not isinstance(seqs, (list, tuple)):
@@ -278,12 +313,17 @@ class QuestAttention:
     def _plan_decode(self, seqs: list[int | None], rows_per_request: int) -> None:
         slots, positions, lengths = decode_rows(self.cache, seqs, rows_per_request)
         budgets = [self._most_pages if n <= self.dense_length else self.config.row_page_budget(n) for n in lengths]
-        self.slot_mapping, self.positions, self.seq_lens, self.page_budgets = self._rows.fill(
-            slots, positions, lengths, budgets
-        )
+        kept = ()
+        if self.uses_kept:
+            kept = [0 if keeps else n for keeps, n in zip(self.keeps, lengths, strict=True)], self.keeps
+        self._describe(slots, positions, lengths, budgets, *kept)
         if self._head_pages is not None:
             full = self.seq_lens.long() <= self.dense_length
             self.head_page_budgets = self._head_pages.update(self.page_budgets, full)
+
+    def _describe(self, *numbers: list[int]) -> None:
+        self.slot_mapping, self.positions, self.seq_lens, self.page_budgets, *kept = self._rows.fill(*numbers)
+        self._choosing_lens, self._row_keeps = kept
 
     def _plan_prefill(self, seqs: list[int | None], live: list[int], counts: list[int]) -> None:
         slots, positions = [], []

@@ -19,15 +19,17 @@ class OutOfPagesError(RuntimeError):
 
 
 class Sequence:
-    """State of one sequence, for reading: `blocks`, `length` in tokens, and `epoch`, which moves whenever an entry of
-    `blocks` is set, so that whoever keeps a copy (a block table) knows when it is stale."""
+    """State of one sequence, for reading: `blocks`, `length` in tokens, `epoch`, which moves whenever an entry of
+    `blocks` is set, so that whoever keeps a copy (a block table) knows when it is stale, and `rollbacks`, how often
+    tokens were taken away."""
 
-    __slots__ = ("blocks", "epoch", "length")
+    __slots__ = ("blocks", "epoch", "length", "rollbacks")
 
     def __init__(self) -> None:
         self.blocks = array("i")  # 4-byte ints: torch reads them in place
         self.length = 0
         self.epoch = 0
+        self.rollbacks = 0
 
 
 class PagedKVCache:
@@ -223,6 +225,7 @@ class PagedKVCache:
         if check_int("n", n, 0) > sequence.length:
             raise ValueError(f"cannot roll sequence {seq} back by {n} tokens: it has {sequence.length}")
         sequence.length -= n
+        sequence.rollbacks += n > 0
         self._drop(sequence, keep=-(-sequence.length // self.block_size))
 
     def fork(self, seq: int) -> int:

@@ -51,7 +51,7 @@ def calibrate(
     are decoded, teacher-forced and with exact attention. Beside it each layer attends as `config` says to some budgets
     of pages, with the ops that a decoder runs; head_errors says what is measured, share_out how pages are given.
     context should be several times the budget, and of the length that the budgets are for: what a head needs grows
-    with it; config.budget_ratio is not looked at. progress("measure", done, total) counts tokens.
+    with it; config.budget_ratio and select_every are not looked at. progress("measure", done, total) counts tokens.
 
     Raises TypeError or ValueError for counts below 1, a context that the budget covers, more tokens than the model has
     positions or the text has, and a config that has head_budgets already.

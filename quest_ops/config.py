@@ -64,6 +64,12 @@ class QuestConfig:
         be their mean, both rounded down; each is rounded down to whole pages. See `with_head_budgets`. With
         head_reduction "none" each query head of a KV head gets the KV head's; with budget_ratio all grow in proportion.
         What is said for dense_layers is not used.
+    select_every: n, 1 (every step) to page_size: a sequence chooses its pages when its new token is number 0, n, 2 n,
+        ... of its page, and attends to the same ones in between. The first token of a page always chooses, so no page
+        is newer than the choice: the page being written is attended to, and the budget holds. A sequence also chooses
+        in its first decode step, after a rollback, a prefill step or a step of several rows, in another slot of the
+        batch than in its last step, and where it outgrows `dense_below`. All of these are its own: what it attends to
+        does not depend on the other sequences of a step. Steps of several rows a sequence always choose.
 
     Raises TypeError or ValueError for a value that is not supported, and where the budget cannot hold the sink pages,
     the recent pages and one page to choose.
@@ -81,6 +87,7 @@ class QuestConfig:
     bound_scale: float = 1.0
     budget_ratio: float | None = None
     head_budgets: tuple[tuple[int, ...], ...] | None = None
+    select_every: int = 1
 
     def __post_init__(self) -> None:
         check_int("page_size", self.page_size, 1)
@@ -109,6 +116,11 @@ class QuestConfig:
         if self.bound == "minmax" and self.bound_scale != 1:
             raise ValueError(f"bound_scale must be 1 for bound 'minmax', got {self.bound_scale}")
         object.__setattr__(self, "bound_scale", float(self.bound_scale))
+        if check_int("select_every", self.select_every, 1) > self.page_size:
+            raise ValueError(
+                f"select_every must be 1 to page_size = {self.page_size}, got {self.select_every}: "
+                "a page's first token always chooses pages"
+            )
         if self.metadata_dtype is not None and not isinstance(self.metadata_dtype, torch.dtype):
             raise TypeError(f"metadata_dtype must be None or a torch.dtype, got {self.metadata_dtype!r}")
         if self.metadata_dtype not in (None, *METADATA_DTYPES):

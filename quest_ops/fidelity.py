@@ -31,7 +31,11 @@ class Step:
         )
 
     def choose(self, layer: int, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Page ids [R, Hs, K], padded with -1, and counts [R, Hs], int32, of what Quest chooses."""
+        """Page ids [R, Hs, K], padded with -1, and counts [R, Hs], int32, of what Quest chooses; of rows that keep
+        their pages, those."""
+        if self.attention.uses_kept:
+            page_ids, page_counts = self.attention.kept_pages(layer, query)
+            return page_ids.clone(), page_counts.clone()
         config, seq_lens = self.config, self.attention.seq_lens
         page_budget, page_budgets = self.attention.budgets_of(layer)
         scores = ops.estimate_page_scores(

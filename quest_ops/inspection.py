@@ -24,8 +24,8 @@ class Inspection:
     quest: the settings. prompt_tokens: the prompt's length. tokens: the new ones; step i reads tokens[i], at place
         prompt_tokens + i of the text, and writes tokens[i + 1].
     layers: the numbers of the L layers that use Quest.
-    pages [steps, L, Hs, K] int32: the chosen pages, ascending, padded with -1 where a head or step has fewer than the
-        most. Hs is Hkv, or with head_reduction "none" Hq.
+    pages [steps, L, Hs, K] int32: the chosen pages, or those kept (`quest.select_every`), ascending, padded with -1
+        where a head or step has fewer than the most. Hs is Hkv, or with head_reduction "none" Hq.
     missed [steps, L, Hq] float64: the share of the true attention mass that lies outside of the chosen pages.
     error, norm [steps, L, Hq] float64: |out - exact|^2 and |exact|^2 of the attention's output, where `exact` is dense
         attention of the same query to the same cache.

@@ -79,20 +79,21 @@ def decode_rows(
 class StepRows:
     """Numbers of the rows of a decode step, in one buffer so that one copy sends them.
 
-    `fill` returns slot_mapping, positions [N] int64, seq_lens and page_budgets [N] int32.
+    `fill` returns slot_mapping, positions [N] int64, seq_lens, page_budgets, and of steps with kept pages choosing_lens
+    [N] int32, keeps [N] bool.
     """
 
     def __init__(self, max_rows: int, device: torch.device):
         self._max_rows = max_rows
-        self._buffer = torch.zeros(max_rows * 3, dtype=torch.int64, device=device)
+        self._buffer = torch.zeros(max_rows * 4, dtype=torch.int64, device=device)
 
     def fill(self, *numbers: list[int]) -> tuple[Tensor, ...]:
-        """numbers: of each tensor, one a row."""
+        """numbers: of all of these or the first few, one a row."""
         rows = len(numbers[0])
         # Fresh pinned memory for every copy: torch's host allocator reuses it only when the copy is done.
         on_cpu = self._buffer.device.type == "cpu"
         host = self._buffer if on_cpu else torch.empty_like(self._buffer, device="cpu", pin_memory=True)
-        for to, values in zip(self._tensors(host, rows), numbers, strict=True):
+        for to, values in zip(self._tensors(host, rows), numbers, strict=False):
             to.copy_(torch.tensor(values, dtype=to.dtype))
         if not on_cpu:
             self._buffer.copy_(host, non_blocking=True)
@@ -100,5 +101,5 @@ class StepRows:
 
     def _tensors(self, buffer: Tensor, rows: int) -> tuple[Tensor, ...]:
         n = self._max_rows
-        shorts = buffer[2 * n :].view(torch.int32).view(2, n)[:, :rows]
-        return buffer[:rows], buffer[n : n + rows], *shorts
+        *shorts, keeps = buffer[2 * n :].view(torch.int32).view(4, n)
+        return buffer[:rows], buffer[n : n + rows], *(x[:rows] for x in shorts), keeps.view(torch.bool)[:rows]

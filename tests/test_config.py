@@ -16,7 +16,7 @@ def test_defaults_are_those_of_the_design():
     config = QuestConfig()
     assert (config.page_budget, config.sink_pages, config.recent_pages) == (128, 1, 4)
     assert (config.head_reduction, config.dense_layers, config.dense_below) == ("max", (), None)
-    assert (config.bound, config.bound_scale) == ("minmax", 1.0)
+    assert (config.bound, config.bound_scale, config.select_every) == ("minmax", 1.0, 1)
 
 
 def test_paper_has_no_sink_one_recent_page_and_two_dense_layers():
@@ -68,6 +68,10 @@ def test_a_config_is_frozen_and_hashable():
         ({"bound": "mean_std", "bound_scale": 1e39}, ValueError, "bound_scale.*1e"),
         ({"bound": "mean_std", "bound_scale": "1"}, TypeError, "bound_scale.*'1'"),
         ({"bound": "mean_std", "bound_scale": True}, TypeError, "bound_scale.*True"),
+        ({"select_every": 0}, ValueError, "select_every.*0"),
+        ({"select_every": 17}, ValueError, "select_every must be 1 to page_size = 16, got 17"),
+        ({"select_every": 2.0}, TypeError, "select_every.*2.0"),
+        ({"select_every": True}, TypeError, "select_every.*True"),
         ({"page_budget": 3}, TypeError, "page_budget"),
         ({"budget_ratio": "0.1"}, TypeError, "budget_ratio.*'0.1'"),
         ({"budget_ratio": True}, TypeError, "budget_ratio.*True"),

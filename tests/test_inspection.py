@@ -146,6 +146,21 @@ def test_it_looks_at_what_a_generation_does_with_budgets_by_head(ratio):
         assert found.pages[step, layer // 2, :, most:].eq(-1).all() and pages[:, -1].ge(0).any()
 
 
+def test_it_looks_at_the_pages_that_a_generation_keeps():
+    model, prompt = random_llama(CONFIG, torch.float32, "cpu"), prompt_of(201)  # the first new token is number 9
+    by_head = ((112, 144), (128, 128), (160, 96))
+    quest = QuestConfig(token_budget=128, head_budgets=by_head, select_every=4)
+    found = inspect_prompt(model, prompt, quest, STEPS)
+    generator = Generator(model, quest=quest, max_sequence_tokens=256, compile=False)
+    generation = generator.generate([prompt], STEPS + 1, stop_tokens=(), record_pages=range(STEPS))[0]
+    assert found.tokens == generation.tokens
+    for (step, layer), pages in generation.pages.items():
+        assert torch.equal(found.pages[step, layer, :, : pages.size(-1)], pages)
+    # Tokens 201, 204 choose; 202 and 203 keep, as 205 and 206 do.
+    for step, kept in enumerate((False, True, True, False, True, True)):
+        assert step == 0 or torch.equal(found.pages[step], found.pages[step - 1]) == kept
+
+
 def test_what_cannot_be_looked_at_is_named():
     model = random_llama(CONFIG, torch.float32, "cpu")
     quest = QuestConfig(token_budget=128)

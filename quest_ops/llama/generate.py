@@ -119,7 +119,8 @@ class Generator:
         comes. progress("prefill" | "decode", done, total) counts prompt tokens, and new tokens after each first.
         profile_attention: measure the time in attention (on a GPU with events, and without CUDA graphs).
         record_pages: decode steps of a sequence, counted from 0, in which the pages that Quest chooses are noted, for
-        layers that use Quest in a step of its length. Both slow the steps down.
+        layers that use Quest in a step of its length; those that it keeps, in a step that keeps them. Both slow the
+        steps down.
 
         Raises ValueError, before anything runs, for no prompts, an empty one, one longer than max_sequence_tokens, one
         that can never fit the cache with its longest answer, token ids outside the vocabulary, and sampling settings
@@ -230,7 +231,7 @@ class Generator:
             call.watch.records = [
                 (slot, result.decode_steps, result.pages)
                 for slot, result in zip(slots, members)
-                if result.decode_steps in call.record_pages and self._chooses(seqs[slot])
+                if result.decode_steps in call.record_pages and self._is_sparse(seqs[slot])
             ]
             next_tokens = self._forward(len(seqs), call.watch).tolist()
         elif not self._use_graphs:
@@ -244,7 +245,7 @@ class Generator:
             if call.profile_attention:
                 past = result.decode_attention_seconds or 0.0
                 result.decode_attention_seconds = past + attention_seconds - attention_before
-            call.count_kv(slot, *self._kv_traffic(seqs[slot]))
+            call.count_kv(slot, *self._kv_traffic(slot, seqs[slot]))
             call.take(slot, next_tokens[slot])
         call.report("decode", len(slots))
 
@@ -265,19 +266,21 @@ class Generator:
         logits = self.model(self._tokens[:rows], self.attention.positions[:rows], attention, compiled=self.compile)
         return self.sampler.sample(logits)
 
-    def _chooses(self, seq: int) -> bool:
-        """Whether Quest chooses pages for a sequence in the planned decode step."""
-        return self.attention.step_kind == "quest" and self.cache.length(seq) > self.attention.dense_length
+    def _is_sparse(self, seq: int) -> bool:
+        """Whether a sequence attends to chosen pages alone in the planned decode step."""
+        return self.attention.step_kind in ("quest", "reuse") and self.cache.length(seq) > self.attention.dense_length
 
-    def _kv_traffic(self, seq: int) -> tuple[float, float]:
+    def _kv_traffic(self, slot: int, seq: int) -> tuple[float, float]:
         """Token places of K and V in all layers that a sequence holds, and that its planned decode step reads."""
         config, length = self.model.config, self.cache.length(seq)
         all_tokens = -(-length // self.quest.page_size) * self.quest.page_size
         quest_layers = 0
-        if self._chooses(seq):
+        if self._is_sparse(seq):
             quest_layers = config.num_hidden_layers - len(set(self.quest.dense_layers))
         group = config.num_attention_heads // config.num_key_value_heads
         metadata_scale = self.cache.metadata_dtype.itemsize / self.cache.dtype.itemsize
+        if self.attention.keeps[slot]:
+            metadata_scale = 0.0  # only a step that chooses pages reads it
         per_quest_layer = kv_tokens_read(length, self.quest, group=group, metadata_scale=metadata_scale)
         dense_layers = config.num_hidden_layers - quest_layers
         return config.num_hidden_layers * all_tokens, dense_layers * all_tokens + quest_layers * per_quest_layer

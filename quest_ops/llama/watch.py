@@ -34,7 +34,7 @@ class Watch:
             self._events.append((start, stop))
         else:
             self._seconds += stop - start
-        chooses = self.attention.step_kind == "quest" and layer not in self.quest.dense_layers
+        chooses = self.attention.step_kind in ("quest", "reuse") and layer not in self.quest.dense_layers
         if chooses and self.records:
             # The fused op does not tell its choice: its first two steps again, with this step's key in the metadata.
             page_ids, counts = (x.cpu() for x in Step(self.attention).choose(layer, query))  # [R, Hs, K] and [R, Hs]
