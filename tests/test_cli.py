@@ -210,6 +210,15 @@ def test_the_attentions_agree_where_the_budget_covers_the_prompt(folder, capsys)
     assert len(set(texts.values())) == 1 and texts["dense"][0] == 0
 
 
+def test_choosing_pages_less_often_reads_less(folder, capsys):
+    shares = []
+    for every in (1, 16):
+        code, _, statistics = generate(capsys, folder, "--prompt", PROMPT, "--select-every", every)
+        shares.append(int(re.search(r"(\d+)% of the KV bytes", statistics)[1]))
+        assert code == 0
+    assert shares[1] < shares[0] < 100
+
+
 def test_a_seed_fixes_the_sample(folder, capsys):
     def sample(seed):
         return generate(capsys, folder, "--prompt", "A", "--temperature", 2, "--top-p", 0.95, "--seed", seed)[1]
@@ -265,6 +274,7 @@ def test_ctrl_c_ends_it_without_a_traceback(folder, when, monkeypatch, capsys):
         (("--prompt", ""), "the prompt has 0 tokens"),
         (("--prompt", "A", "--token-budget", 64), "token_budget 64 is 4 pages"),
         (("--prompt", "A", "--budget-ratio", 1.5), "budget_ratio must be between 0 and 1"),
+        (("--prompt", "A", "--select-every", 17), "select_every must be 1 to page_size = 16, got 17"),
         (("--prompt", "A", "--max-new-tokens", 0), "--max-new-tokens must be at least 1, got 0"),
         (("--prompt", "A", "--temperature", -1), "temperature must be"),
         (("--prompt", "A", "--top-p", 0), "top_p must be"),
@@ -302,8 +312,12 @@ def test_calibrated_budgets_are_written_and_read(folder, capsys, tmp_path):
         arguments = "generate", "--model", folder, "--prompt", PROMPT, "--max-new-tokens", 4, "--device", "cpu"
         return cli.main([*map(str, arguments), *map(str, budget)]), capsys.readouterr().err
 
-    code, statistics = generated("--head-budgets", out)
-    assert code == 0 and "100% of the KV" not in statistics
+    shares = []
+    for every in (1, 4):
+        code, statistics = generated("--head-budgets", out, "--select-every", every)
+        assert code == 0
+        shares.append(int(re.search(r"(\d+)% of the KV", statistics)[1]))
+    assert shares[1] < shares[0] < 100
     assert generated("--head-budgets", text) == (2, f"quest-ops generate: error: {text} is no JSON file: "
         "Expecting value: line 1 column 1 (char 0)\n")  # fmt: skip
     HeadBudgets("another", 8, 16, 64, "minmax", 1.0, 256, ((256, 256),)).save(out)

@@ -36,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budget-ratio", type=float, metavar="SHARE", help="of the context, where that is more than the budget"
     )
+    parser.add_argument(
+        "--select-every", type=int, default=1, metavar="N", help="choose pages in every N-th step (default: in each)"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=128, help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
     parser.add_argument("--top-p", type=float, default=1.0, help="default: %(default)s")
@@ -59,10 +62,11 @@ def run(args: argparse.Namespace) -> int:
     from quest_ops.llama.sampling import check_sampling
     from quest_ops.progress import ProgressBars
 
+    settings = {"budget_ratio": args.budget_ratio, "select_every": args.select_every}
     if args.head_budgets is None:
-        quest = QuestConfig(token_budget=args.token_budget, budget_ratio=args.budget_ratio)
+        quest = QuestConfig(token_budget=args.token_budget, **settings)
     else:
-        quest = QuestConfig.with_head_budgets(args.head_budgets, budget_ratio=args.budget_ratio)
+        quest = QuestConfig.with_head_budgets(args.head_budgets, **settings)
     text = read_prompt(args.prompt_file) if args.prompt is None else args.prompt
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
