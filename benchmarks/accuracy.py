@@ -15,7 +15,8 @@ question as well as the answer, and keys and values that it appends are its own.
   Both: the share found, by greedy decoding, of those that dense attention finds; by depth it is in the JSON.
 - fidelity: decode steps of exact attention on real text, and what each policy makes of their queries and keys: the
   relative error of its output, with its standard error over the windows, and the share of the true attention mass that
-  it keeps. fidelity.py defines them; by layer and head they are in the JSON.
+  it keeps. fidelity.py defines them; by layer and head they are in the JSON. Only of policies that choose pages in
+  every step.
 """
 
 import argparse
@@ -223,9 +224,9 @@ DEFAULTS = {
 }  # fmt: skip
 
 
-def compared(budgets: list[int], files: list[Path]) -> list[tuple[Policy, int]]:
+def compared(policies: list[Policy], budgets: list[int], files: list[Path]) -> list[tuple[Policy, int]]:
     """Policies and budgets, those of one cache layout together. Raises as `calibrated`, and for other budgets."""
-    pairs = [(policy, budget) for policy in POLICIES for budget in budgets]
+    pairs = [(policy, budget) for policy in policies for budget in budgets]
     for file in files:
         policy, budget = calibrated(file)
         if budget not in budgets:
@@ -246,6 +247,10 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--context", nargs="+", type=record.positive, metavar="TOKENS", help="of a document")
     parser.add_argument("--budget", nargs="+", type=record.positive, metavar="TOKENS")
+    parser.add_argument(
+        "--policy", nargs="+", choices=[p.name for p in POLICIES], metavar="NAME",
+        help="default: all; with --quick those that choose pages in every step",
+    )  # fmt: skip
     parser.add_argument("--pieces", type=record.positive, metavar="N", help="documents of each kind of text")
     parser.add_argument(
         "--head-budgets", nargs="+", type=Path, default=[], metavar="FILE",
@@ -260,10 +265,16 @@ def parse() -> argparse.Namespace:
     for name, choices in DEFAULTS[args.table].items():
         if getattr(args, name, None) is None:
             setattr(args, name, choices[args.quick])
+    every_step = [policy.name for policy in POLICIES if policy.select_every == 1]
+    short = args.quick or args.table == "fidelity"
+    names = args.policy or (every_step if short else [policy.name for policy in POLICIES])
+    if args.table == "fidelity" and (others := [name for name in names if name not in every_step]):
+        parser.error(f"fidelity is of policies that choose pages in every step, not of {others[0]!r}")
+    policies = [policy for policy in POLICIES if policy.name in names]
     if max(args.budget) >= min(args.context):
         parser.error(f"--budget {max(args.budget)} covers a --context of {min(args.context)}")
     try:
-        args.compared = compared(args.budget, args.head_budgets)
+        args.compared = compared(policies, args.budget, args.head_budgets)
     except (OSError, TypeError, ValueError) as error:
         parser.error(str(error))
     if missing := [str(file) for file in args.text if not file.is_file()]:

@@ -1,7 +1,8 @@
 """Decoders of real shapes with random weights, caches filled at random, and attention on them, for end_to_end.py.
 
-An attention here has run(layer, query, key, value), which `Llama` calls, and plan(), which a step starts with. The step
-is always the same one: the last token of `context` in each of `batch` sequences.
+An attention here has run(layer, query, key, value), which `Llama` calls, and plan(left=0), which a step starts with: of
+one token for each of `batch` sequences, after which `left` more make `context`. `cycle` is the number of steps that
+stand for all, those of left = cycle - 1 to 0: 1, or with Quest from a choice of pages to the next.
 """
 
 import itertools
@@ -77,7 +78,9 @@ def random_kv(model: Llama, layer: int, batch: int, tokens: int) -> Tensor:
 class NoAttention:
     """Leaves the time of everything else."""
 
-    def plan(self) -> None:
+    cycle = 1
+
+    def plan(self, left: int = 0) -> None:
         pass
 
     def run(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -130,11 +133,16 @@ class PagedAttention:
             max_sequence_tokens=pool.context,
         )
         self.run = self.attention.run
+        self.cycle = quest.select_every if backend == "quest" else 1
 
-    def plan(self) -> None:
+    def plan(self, left: int = 0) -> None:
         cache, seqs = self.pool.cache, self.pool.seqs
         for seq in seqs:
-            cache.rollback(seq, cache.length(seq) - (self.pool.context - 1))
+            ahead = cache.length(seq) - (self.pool.context - 1 - left)
+            if ahead < 0:  # another attention on this pool has stopped earlier
+                cache.extend(seq, -ahead)
+            elif ahead > 0:  # not where this step goes on from the one before: Quest chooses pages
+                cache.rollback(seq, ahead)
         self.attention.plan(seqs, 1)
 
 
@@ -144,6 +152,8 @@ class ContiguousAttention:
     It takes the fastest of SDPA's backends and of two forms of a group (its heads as heads, or as queries of their KV
     head), as timed on these caches when it is made.
     """
+
+    cycle = 1
 
     def __init__(self, model: Llama, batch: int, context: int):
         self.config, self.device = model.config, model.device
@@ -156,7 +166,7 @@ class ContiguousAttention:
         query = torch.randn(batch, self.config.num_attention_heads, heads[1], device=model.device).to(model.dtype)
         self.backend, self.form = self._fastest(query)
 
-    def plan(self) -> None:
+    def plan(self, left: int = 0) -> None:
         pass
 
     def run(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -8,7 +8,9 @@ Attention is Quest, this library's dense paged attention, FlashInfer's (on a GPU
 contiguous keys and values; nothing else differs. Weights are random but for smollm2 and --checkpoint, keys and values
 always. All attentions are first compared, layer by layer, on a context that Quest's budget covers. On a GPU the step is
 one CUDA graph (median of 20 replays; planning, which the host does while the GPU works, is not in it), with its small
-operations compiled for each batch size; on the CPU it is plain calls, planning included, and the fastest of 40.
+operations compiled for each batch size; on the CPU it is plain calls, planning included, and the fastest of 40. With
+--select-every N Quest chooses pages in every N-th step, for all sequences in the same one: the time is the mean of one
+step that chooses and N - 1 that do not (on a GPU of a graph of each kind).
 
 - ms: a step; tokens/s: batch over it.
 - attention: the share of ms that a step without attention does not need; weights: that of its matrix products, logits
@@ -20,6 +22,7 @@ import argparse
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -28,7 +31,7 @@ import record
 import torch
 from decoders import SHAPES, ContiguousAttention, FilledPool, NoAttention, PagedAttention, random_decoder
 from peers import check_close, flashinfer_module, note
-from timing import graph_us, wall_us
+from timing import graph_us, steps_us
 
 from quest_ops import QuestConfig
 from quest_ops.llama.model import WEIGHTS as ROUNDED_WEIGHTS
@@ -57,15 +60,19 @@ def greedy_step(model: Llama, attention, batch: int, context: int, compiled: boo
 
 
 def step_ms(attention, step: Callable[[], object], device: str) -> float:
+    cycle = attention.cycle
     if device == "cuda":
-        attention.plan()
-        return graph_us([step]) / 1e3
+        times = []
+        for left in range(cycle - 1, -1, -1)[:2]:  # one that chooses pages; all others are alike
+            attention.plan(left)
+            times.append(graph_us([step]) / 1e3)
+        return (times[0] + (cycle - 1) * times[-1]) / cycle
 
-    def planned_step() -> None:
-        attention.plan()
+    def planned_step(left: int) -> None:
+        attention.plan(left)
         step()
 
-    return wall_us([planned_step], CPU_PASSES) / 1e3
+    return steps_us([partial(planned_step, left) for left in reversed(range(cycle))], CPU_PASSES) / 1e3
 
 
 def products(model: Llama, batch: int) -> Callable[[], object]:
@@ -89,7 +96,7 @@ class Compared:
     def __init__(self, sdpa: ContiguousAttention, others: dict[str, PagedAttention]):
         self.sdpa, self.others = sdpa, others
 
-    def plan(self) -> None:
+    def plan(self, left: int = 0) -> None:
         for other in self.others.values():
             other.plan()
 
@@ -168,7 +175,8 @@ def times_of(model: Llama, batch: int, context: int, entries: list[Entry], compi
 
 
 def label(attention: str, quest: QuestConfig) -> str:
-    return figures.label(attention, "8" if quest.metadata_dtype else "", len(quest.dense_layers))
+    metadata = "8" if quest.metadata_dtype else ""
+    return figures.label(attention, metadata, len(quest.dense_layers), quest.select_every)
 
 
 def rows_of(model_name: str, weights: str, batch: int, context: int, times: dict) -> list[dict]:
@@ -180,6 +188,7 @@ def rows_of(model_name: str, weights: str, batch: int, context: int, times: dict
         {
             "case": f"{model_name}-{context / 1024:.3g}k-b{batch}", "model": model_name, "context": context,
             "batch": batch, "weights": weights, "budget": quest.token_budget, "dense_layers": len(quest.dense_layers),
+            "select_every": quest.select_every,
             "metadata": "8" if quest.metadata_dtype else "32" if weights == "fp32" else "16", "attention": name,
             "ms": ms, "without_attention_ms": without, "products_ms": alone, "tokens_per_s": batch * 1e3 / ms,
             "attention_share": 1 - without / ms, "weights_share": alone / ms, "other_share": (without - alone) / ms,
@@ -191,7 +200,7 @@ def rows_of(model_name: str, weights: str, batch: int, context: int, times: dict
 
 def show(row: dict) -> None:
     ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
-    name = figures.label(row["attention"], row["metadata"], row["dense_layers"])
+    name = figures.label(row["attention"], row["metadata"], row["dense_layers"], row["select_every"])
     shares = "".join(f"{row[share + '_share']:11.0%}" for share in SHARES)
     times = f"{row['ms']:9.2f}{row['tokens_per_s']:10.1f}{shares}{ratio:>8}"
     print(f"{row['case']:24}{row['weights']:>8}  {name:40}{times}", flush=True)
@@ -219,6 +228,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--dense-layers", nargs="+", type=record.natural, default=[0], metavar="N", help="first layers without Quest"
     )
+    parser.add_argument(
+        "--select-every", nargs="+", type=record.positive, default=[1], metavar="N", help="steps of a choice of pages"
+    )
     parser.add_argument("--no-compile", action="store_true", help="small operations as torch runs them, on a GPU too")
     record.add_arguments(parser)
     args = parser.parse_args()
@@ -243,11 +255,17 @@ def parse() -> argparse.Namespace:
                 token_budget=args.budget or (512 if args.quick else 2048),
                 dense_layers=tuple(range(dense_layers)),
                 metadata_dtype=METADATA[bits],
+                select_every=every,
             )
-            for bits, dense_layers in product(args.metadata, args.dense_layers)
+            for bits, dense_layers, every in product(args.metadata, args.dense_layers, args.select_every)
         ]
     except ValueError as error:
         parser.error(str(error))
+    page_size = args.quests[0].page_size
+    if uneven := [n for n in args.select_every if page_size % n]:
+        parser.error(f"--select-every must divide a page of {page_size} tokens, got {uneven[0]}")
+    if uneven := [n for n in args.context if n % max(args.select_every)]:
+        parser.error(f"--context must be a multiple of --select-every, got {uneven[0]}")
     return args
 
 

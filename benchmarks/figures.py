@@ -27,11 +27,12 @@ LINES = {
 ATTENTIONS = {"quest": "tab:blue", "dense": "tab:green", "flashinfer": "tab:orange", "sdpa": "tab:brown"}
 
 
-def label(attention: str, metadata: str, dense_layers: int) -> str:
+def label(attention: str, metadata: str, dense_layers: int, select_every: int = 1) -> str:
     """What a row of end_to_end.py is called."""
     if attention != "quest":
         return attention
-    return attention + ", 8-bit metadata" * (metadata == "8") + f", {dense_layers} dense layers" * (dense_layers > 0)
+    attention += ", 8-bit metadata" * (metadata == "8") + f", {dense_layers} dense layers" * (dense_layers > 0)
+    return attention + f", select every {select_every}" * (select_every > 1)
 
 
 def draw(record: dict, path: Path) -> None:
@@ -126,16 +127,19 @@ def _end_to_end(rows: list[dict]) -> list[tuple]:
     panels = defaultdict(lambda: defaultdict(list))
     for row in rows:
         shape = tuple(row[key] for key in ("model", "batch", "weights", "budget"))
-        kind = tuple(row[key] for key in ("attention", "metadata", "dense_layers"))
+        kind = *(row[key] for key in ("attention", "metadata", "dense_layers")), row.get("select_every", 1)
         panels[shape][kind].append((row["context"], row["ms"]))
 
     def lines_of(found: dict) -> list[tuple]:
         ordered = sorted(found, key=lambda kind: list(ATTENTIONS).index(kind[0]))
         return [(label(*kind), found[kind], style(*kind)) for kind in ordered]
 
-    def style(attention: str, metadata: str, dense_layers: int) -> dict:
-        color = "tab:red" if attention == "quest" and metadata == "8" else ATTENTIONS[attention]
-        return {"color": color, "marker": "o", "linestyle": "--" if attention == "quest" and dense_layers else "-"}
+    def style(attention: str, metadata: str, dense_layers: int, select_every: int) -> dict:
+        color, line = ATTENTIONS[attention], "-"
+        if attention == "quest":
+            color = "tab:red" if metadata == "8" else color
+            line = ":" if select_every > 1 else "--" if dense_layers else "-"
+        return {"color": color, "marker": "o", "linestyle": line}
 
     return [
         (f"{model}, batch {batch}, {weights}, budget {budget}", "milliseconds a token", lines_of(found))

@@ -64,9 +64,10 @@ class Documents:
                 progress(done, total)
 
     def predict(self, policy: Policy | None, budget: int, continuations: list[Continuation]) -> list[Prediction]:
-        """Decodes the continuations with a policy, or with dense attention (None), 8 tokens of a sequence at once.
+        """Decodes the continuations with a policy, or with dense attention (None).
 
-        A row sees its own token and those before, and selects for itself, so that is the same as one token a step.
+        8 tokens of a sequence at once: a row sees its own token and those before, and selects for itself, so that is
+        the same as one token a step. Policies that keep pages over steps take one token a step.
         """
         attention = self.attention_of(policy, budget)
         runs = OracleAttention(attention) if policy and policy.oracle else attention
@@ -88,7 +89,7 @@ class Documents:
 
     def decode(self, attention: QuestAttention, runs, continuations: list[Continuation]) -> list[Prediction]:
         """At most MOST_SEQUENCES continuations: `attention` plans the steps, `runs` attends in them."""
-        rows, device = MAX_ROWS_PER_REQUEST, self.model.device
+        rows, device = 1 if attention.kept else MAX_ROWS_PER_REQUEST, self.model.device
         width = -(-(max(len(c.tokens) for c in continuations) - 1) // rows) * rows
         padded = [c.tokens + c.tokens[-1:] * (width + 1 - len(c.tokens)) for c in continuations]
         tokens = torch.tensor(padded, device=device)  # [N, width + 1]
@@ -98,7 +99,7 @@ class Documents:
         for start in range(0, width, rows):
             given, asked = tokens[:, start : start + rows].flatten(), tokens[:, start + 1 : start + rows + 1].flatten()
             attention.plan(forks, rows)
-            if attention.step_kind != attention.backend:
+            if attention.step_kind not in (attention.backend, "reuse"):
                 raise RuntimeError(f"a step of {attention.backend} was {attention.step_kind}: its budget covers it all")
             logits = self.model(given, attention.positions, runs)
             loss[:, start : start + rows] = F.cross_entropy(logits, asked, reduction="none").view(-1, rows)

@@ -16,7 +16,8 @@ class Policy:
     """paper: no sink, one recent page, the first two layers dense; else one sink page and 64 recent tokens (32 where
     the budget is below 512). recent_only: the sink and the most recent pages, chosen without metadata. oracle: pages
     chosen by their true attention mass, which takes all keys: how well any choice of as many pages could do.
-    head_budgets: tokens of each layer and KV head, as many on average as the one budget that they are for."""
+    head_budgets: tokens of each layer and KV head, as many on average as the one budget that they are for.
+    select_every: as of QuestConfig; above 1, decoding is one token of a sequence a step."""
 
     name: str
     bound: str = "minmax"
@@ -27,6 +28,7 @@ class Policy:
     recent_only: bool = False
     oracle: bool = False
     head_budgets: tuple[tuple[int, ...], ...] | None = None
+    select_every: int = 1
 
     def config(self, budget: int) -> QuestConfig:
         settings = {
@@ -35,6 +37,7 @@ class Policy:
             "dense_below": budget,  # also where dense attention is faster: what is compared is the choice
             "bound": self.bound,
             "bound_scale": self.bound_scale,
+            "select_every": self.select_every,
             "metadata_dtype": torch.float8_e4m3fn if self.eight_bit else None,
             "head_budgets": self.head_budgets,
         }
@@ -57,6 +60,7 @@ POLICIES = (
     Policy("paper", paper=True),
     Policy("sink + recent", recent_only=True),
     Policy("minmax"),
+    *(Policy(f"minmax, select every {n}", select_every=n) for n in (2, 4, 8)),
     Policy("cuboid", bound="cuboid"),
     Policy("mean_std 1", bound="mean_std"),
     Policy("oracle", oracle=True),
@@ -72,7 +76,7 @@ def calibrated(path: Path) -> tuple[Policy, int]:
     found = load_head_budgets(path)
     for policy in POLICIES:
         measured = found.bound, found.bound_scale, found.page_size
-        special = policy.paper or policy.recent_only or policy.oracle
+        special = policy.paper or policy.recent_only or policy.oracle or policy.select_every > 1
         if not special and (policy.bound, policy.bound_scale, policy.page_size) == measured:
             return replace(policy, name=f"{policy.name}, by head", head_budgets=found.tokens), found.token_budget
     raise ValueError(

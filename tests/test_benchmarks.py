@@ -218,16 +218,42 @@ def test_both_caches_hold_the_same_tokens_after_a_step(bench):
                 torch.testing.assert_close(held[blocks].flatten(0, 1)[:100], expected[b], rtol=1e-5, atol=1e-5)
 
 
+@torch.inference_mode()
+def test_a_timed_cycle_chooses_pages_once_and_the_pool_serves_others_at_any_point(bench):
+    model, (batch, context) = small_decoder(bench, "qwen2.5-7b"), (2, 192)
+    quest = QuestConfig(token_budget=96, dense_below=0)
+    pool = bench.decoders.FilledPool(model, batch, context, quest)
+    every_step, every_fourth = (
+        bench.decoders.PagedAttention(pool, "quest", dataclasses.replace(quest, select_every=n)) for n in (1, 4)
+    )
+    assert (every_step.cycle, every_fourth.cycle) == (1, 4)
+    for lefts in ((3, 2, 1, 0), (3, 2, 1, 0), (3, 2)):  # on a GPU a cycle is left in its second step
+        kinds = []
+        for left in lefts:
+            every_fourth.plan(left)
+            bench.end_to_end.greedy_step(model, every_fourth, batch, context)
+            kinds.append(every_fourth.attention.step_kind)
+            assert pool.cache.length(pool.seqs[1]) == context - left
+        assert kinds == ["quest", "reuse", "reuse", "reuse"][: len(lefts)]
+    for attention in (every_step, every_fourth):
+        for _ in range(2):
+            attention.plan()
+            assert attention.attention.step_kind == "quest" and pool.cache.length(pool.seqs[1]) == context
+
+
 def test_the_ratio_is_to_flashinfer_where_there_and_the_shares_add_up(bench):
-    wide, narrow = QuestConfig(), QuestConfig(metadata_dtype=torch.float8_e4m3fn, dense_layers=(0, 1))
+    wide = QuestConfig()
+    narrow = QuestConfig(metadata_dtype=torch.float8_e4m3fn, dense_layers=(0, 1), select_every=4)
     times = {("quest", wide): 10.0, ("quest", narrow): 8.0, ("flashinfer", wide): 30.0, ("sdpa", wide): 40.0}
     for absent, ratio in (((), 3.0), (("flashinfer",), 4.0), (("flashinfer", "sdpa"), None)):
         present = {entry: ms for entry, ms in times.items() if entry[0] not in absent}
         rows = bench.end_to_end.rows_of("m", "int4", 4, 8192, {**present, "without": 5.0, "products": 4.0})
         assert rows[0]["case"] == "m-8k-b4" and rows[0]["ratio"] == ratio and rows[0]["tokens_per_s"] == 400
         assert [rows[0][f"{part}_share"] for part in bench.end_to_end.SHARES] == pytest.approx([0.5, 0.4, 0.1])
-        names = [bench.figures.label(row["attention"], row["metadata"], row["dense_layers"]) for row in rows]
-        assert names[:2] == ["quest", "quest, 8-bit metadata, 2 dense layers"] and len(names) == len(present)
+        kinds = "attention", "metadata", "dense_layers", "select_every"
+        names = [bench.figures.label(*(row[key] for key in kinds)) for row in rows]
+        assert names[:2] == ["quest", "quest, 8-bit metadata, 2 dense layers, select every 4"]
+        assert len(names) == len(present)
 
 
 @pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
@@ -254,14 +280,16 @@ def smollm2():
 def test_quick_end_to_end_run_writes_rows_and_a_figure(smollm2, tmp_path):
     pytest.importorskip("matplotlib")
     files = "--json", tmp_path / "e.json", "--figure", tmp_path / "e.png"
-    settings = "--weights", "int8", "--metadata", "16", "8", "--dense-layers", "0", "2", "--attention", "sdpa", "quest"
+    settings = "--weights", "int8", "--metadata", "16", "8", "--dense-layers", "2", "--select-every", "1", "4"
+    settings = *settings, "--attention", "sdpa", "quest"
     done = run_script("end_to_end.py", "--quick", "--context", "1024", *settings, *files)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "e.json").read_text())
     assert {"gpu", "torch", "command", "csrc_tree", "threads", "rows"} <= set(record)
-    assert sorted((r["attention"], r["metadata"], r["dense_layers"]) for r in record["rows"]) == sorted(
-        [("sdpa", "16", 0), *(("quest", bits, layers) for bits in ("16", "8") for layers in (0, 2))]
-    )
+    assert sorted((r["attention"], r["metadata"], r["dense_layers"], r["select_every"]) for r in record["rows"]) == [
+        *(("quest", bits, 2, every) for bits in ("16", "8") for every in (1, 4)),
+        ("sdpa", "16", 2, 1),
+    ]
     for row in record["rows"]:
         assert row["weights"] == "int8" and row["ms"] > row["without_attention_ms"] > 0 and row["products_ms"] > 0
         assert sum(row[f"{part}_share"] for part in ("attention", "weights", "other")) == pytest.approx(1)
@@ -276,6 +304,15 @@ def test_quick_end_to_end_run_writes_rows_and_a_figure(smollm2, tmp_path):
         (("--quick", "--attention", "flashinfer"), "--attention flashinfer needs a CUDA device"),
         (("--quick", "--budget", "32"), "at least 96"),
         (("--quick", "--dense-layers", "-1"), "must be 0 or more, got -1"),
+        (
+            ("--quick", "--select-every", "17"),
+            "select_every must be 1 to page_size = 16, got 17: a page's first token always chooses pages",
+        ),
+        (("--quick", "--select-every", "1", "3"), "--select-every must divide a page of 16 tokens, got 3"),
+        (
+            ("--quick", "--select-every", "8", "--context", "2044"),
+            "--context must be a multiple of --select-every, got 2044",
+        ),
     ],
 )
 def test_end_to_end_says_in_one_line_what_it_cannot_do(arguments, message):
@@ -510,7 +547,7 @@ def budgets_file(tmp_path):
 @torch.inference_mode()
 def test_budgets_by_head_are_compared_beside_the_policy_they_were_measured_with(bench, budgets_file):
     """Through the same decode steps, and fidelity counts the same choice of pages."""
-    pairs = bench.accuracy.compared([128, 512], [budgets_file])
+    pairs = bench.accuracy.compared(bench.policies.POLICIES, [128, 512], [budgets_file])
     assert len(pairs) == 2 * len(bench.policies.POLICIES) + 1
     layouts = [(policy.page_size, policy.eight_bit) for policy, _ in pairs]
     assert layouts == sorted(layouts, reverse=True)  # those of a cache stand together
@@ -531,10 +568,22 @@ def test_budgets_by_head_are_compared_beside_the_policy_they_were_measured_with(
 
 def test_budgets_by_head_that_cannot_be_compared_are_named(bench, budgets_file):
     with pytest.raises(ValueError, match=r"budgets.json is for a budget of 128, not of --budget \[256\]"):
-        bench.accuracy.compared([256], [budgets_file])
+        bench.accuracy.compared(bench.policies.POLICIES, [256], [budgets_file])
     HeadBudgets("any", 32, 32, 32, "cuboid", 1.0, 128, ((128,),)).save(budgets_file)
     with pytest.raises(ValueError, match="no policy here has pages of 32 with bound cuboid 1"):
-        bench.accuracy.compared([128], [budgets_file])
+        bench.accuracy.compared(bench.policies.POLICIES, [128], [budgets_file])
+
+
+def test_budgets_by_head_stand_beside_the_named_policies_alone(bench, budgets_file, monkeypatch):
+    names = "minmax, select every 2", "minmax"
+    arguments = "--quick", "--budget", "128", "--policy", *names, "--head-budgets", budgets_file
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", "needles", *map(str, arguments)])
+    pairs = bench.accuracy.parse().compared
+    assert [(policy.name, policy.select_every, budget) for policy, budget in pairs] == [
+        ("minmax", 1, 128),
+        ("minmax, select every 2", 2, 128),
+        ("mean_std 1, pages of 8, 8-bit, by head", 1, 128),
+    ]
 
 
 def test_quick_accuracy_run_writes_rows_and_a_figure(smollm2, tmp_path):
@@ -600,6 +649,11 @@ def test_texts_are_utf_8_and_have_names_of_their_own(bench, tmp_path):
 def test_accuracy_says_in_one_line_what_it_cannot_do(arguments, message):
     done = run_script("accuracy.py", "perplexity", *arguments)
     assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith(message)
+
+
+def test_fidelity_is_not_of_policies_that_keep_pages():
+    done = run_script("accuracy.py", "fidelity", "--quick", "--policy", "minmax", "minmax, select every 2")
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith("not of 'minmax, select every 2'")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
