@@ -280,14 +280,14 @@ def smollm2():
 def test_quick_end_to_end_run_writes_rows_and_a_figure(smollm2, tmp_path):
     pytest.importorskip("matplotlib")
     files = "--json", tmp_path / "e.json", "--figure", tmp_path / "e.png"
-    settings = "--weights", "int8", "--metadata", "16", "8", "--dense-layers", "2", "--select-every", "1", "4"
+    settings = "--weights", "int8", "--metadata", "16", "8", "--dense-layers", "2", "--select-every", "1", "2"
     settings = *settings, "--attention", "sdpa", "quest"
     done = run_script("end_to_end.py", "--quick", "--context", "1024", *settings, *files)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "e.json").read_text())
     assert {"gpu", "torch", "command", "csrc_tree", "threads", "rows"} <= set(record)
     assert sorted((r["attention"], r["metadata"], r["dense_layers"], r["select_every"]) for r in record["rows"]) == [
-        *(("quest", bits, 2, every) for bits in ("16", "8") for every in (1, 4)),
+        *(("quest", bits, 2, every) for bits in ("16", "8") for every in (1, 2)),
         ("sdpa", "16", 2, 1),
     ]
     for row in record["rows"]:
