@@ -121,7 +121,7 @@ def test_quest_of_public_parts_attends_to_the_pages_that_it_selects(bench, monke
 def run_script(name, *arguments):
     command = [sys.executable, str(ROOT / "benchmarks" / name), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
 
 
 def test_quick_run_on_the_cpu_writes_rows_and_a_figure(tmp_path):
@@ -291,8 +291,10 @@ def test_quick_end_to_end_run_writes_rows_and_a_figure(smollm2, tmp_path):
         ("sdpa", "16", 2, 1),
     ]
     for row in record["rows"]:
-        assert row["weights"] == "int8" and row["ms"] > row["without_attention_ms"] > 0 and row["products_ms"] > 0
-        assert sum(row[f"{part}_share"] for part in ("attention", "weights", "other")) == pytest.approx(1)
+        ms, without, products = (row[name] for name in ("ms", "without_attention_ms", "products_ms"))
+        assert row["weights"] == "int8" and min(ms, without, products) > 0
+        shares = [row[f"{part}_share"] for part in ("attention", "weights", "other")]
+        assert shares == pytest.approx([1 - without / ms, products / ms, (without - products) / ms])
     assert (tmp_path / "e.png").read_bytes().startswith(b"\x89PNG")
 
 
