@@ -44,10 +44,7 @@ __global__ void __launch_bounds__(kTeamThreads, D <= 128 ? 2 : 1)
     const T* query_head = row_of<T>(a.query, row, kv_head * group + min(g, group - 1));
     mark_phase(0);
     if (!alone) let_successor_start();
-    // Pages are dealt to the team's warps: tiles of 16, or, where the best of each warp are listed, one by one, since
-    // neighbours are often chosen together. A tile's pages are first, first + spread, ...; the next tile's a step on.
-    const int spread = kLists ? kTeamWarps * size : 1, step = kTeamWarps * size * kTileTokens;
-    int first = (warp * size + rank) * (kLists ? 1 : kTileTokens);
+    const PageDeal<kLists> deal{warp * size + rank, kTeamWarps * size};
     Selection selection;
     uint32_t* words = chosen_words;
     int chunks = kLists ? kShortlistChunks : kChunks;
@@ -60,10 +57,10 @@ __global__ void __launch_bounds__(kTeamThreads, D <= 128 ? 2 : 1)
         BlockSelect<kTeamThreads> select{selecting};
         select.clear_bins();
         int guess[2] = {0, 0};
-        const bool guesses = alone && guess_blocks<M, D>(guess, p, table, row, kv_head, first, spread);
+        const bool guesses = alone && guess_blocks<M, D>(guess, p, table, row, kv_head, deal, 0);
         if (Tile::kNarrow && guesses) {  // tiles of half the bytes: the second one, too
             int second[2];
-            guess_blocks<M, D>(second, p, table, row, kv_head, first + step, spread);
+            guess_blocks<M, D>(second, p, table, row, kv_head, deal, 1);
         }
         const char* metadata = Tile::lane_part(p.metadata, kv_head);
         const uint32_t block_bytes = bytes_of<M>(p.metadata.block_stride);
@@ -72,35 +69,35 @@ __global__ void __launch_bounds__(kTeamThreads, D <= 128 ? 2 : 1)
 
         const int asked = RowLengths::ask(p, row, team);
         auto block_of = [&](int page, int end) { return page < end ? table.block(page) : 0; };
-        auto blocks_at = [&](int (&blocks)[2], int first, int end) {
-            blocks[0] = block_of(first + g * spread, end), blocks[1] = block_of(first + (g + 8) * spread, end);
+        auto blocks_at = [&](int (&blocks)[2], int tile, int end) {
+            blocks[0] = block_of(deal.page(tile, g), end), blocks[1] = block_of(deal.page(tile, g + 8), end);
         };
         int blocks[2];
-        blocks_at(blocks, first, table.max_pages);
+        blocks_at(blocks, 0, table.max_pages);
         const auto asked_query = query.ask(query_head);
         constexpr int kTilesAhead = Tile::kNarrow ? 2 : 1;  // loads in flight: 64 registers of a lane
         Tile tiles[kTilesAhead];
-        auto source_of = [&](const int (&blocks)[2], int first) {
-            const PagePlace places[2] = {{blocks[0], table.part(first + g * spread)},
-                                         {blocks[1], table.part(first + (g + 8) * spread)}};
+        auto source_of = [&](const int (&blocks)[2], int tile) {
+            const PagePlace places[2] = {{blocks[0], table.part(deal.page(tile, g))},
+                                         {blocks[1], table.part(deal.page(tile, g + 8))}};
             return typename Tile::Source(metadata, block_bytes, places);
         };
-        if (guesses) tiles[0].load(source_of(guess, first));
+        if (guesses) tiles[0].load(source_of(guess, 0));
         table.prefetch();
         row_lengths.take(asked, p, table);
         // Score: tiles of 16 pages. Pages that do not exist take block 0.
         if (kept < num_pages) {
-            if (first + g * spread >= num_pages) blocks[0] = 0;
-            if (first + (g + 8) * spread >= num_pages) blocks[1] = 0;
+            if (deal.page(0, g) >= num_pages) blocks[0] = 0;
+            if (deal.page(0, g + 8) >= num_pages) blocks[1] = 0;
             if (!guesses || __any_sync(kAllLanes, blocks[0] != guess[0] || blocks[1] != guess[1]))
-                if (first < num_pages) tiles[0].load(source_of(blocks, first));
+                if (deal.first(0) < num_pages) tiles[0].load(source_of(blocks, 0));
 #pragma unroll
             for (int i = 1; i < kTilesAhead; ++i)
-                if (first + i * step < num_pages) {
-                    blocks_at(blocks, first + i * step, num_pages);
-                    tiles[i].load(source_of(blocks, first + i * step));
+                if (deal.first(i) < num_pages) {
+                    blocks_at(blocks, i, num_pages);
+                    tiles[i].load(source_of(blocks, i));
                 }
-            blocks_at(blocks, first + kTilesAhead * step, num_pages);
+            blocks_at(blocks, kTilesAhead, num_pages);
         }
         query.keep(asked_query);
         __syncthreads();
@@ -108,38 +105,40 @@ __global__ void __launch_bounds__(kTeamThreads, D <= 128 ? 2 : 1)
             uint32_t best_key = 0;
             int best_page = 0;
             const int first_forced = num_pages - p.recent_pages, capacity = warp_keys_capacity(table.max_pages, size);
-            WarpKeys mine{reinterpret_cast<uint32_t*>(warp_out) + warp * capacity, 0, first, spread, step};
-            while (first < num_pages) {
+            WarpKeys mine{reinterpret_cast<uint32_t*>(warp_out) + warp * capacity, 0, {deal.warp, deal.num_warps}};
+            int tile = 0;
+            while (deal.first(tile) < num_pages) {
 #pragma unroll
                 for (int i = 0; i < kTilesAhead; ++i) {
-                    if (first >= num_pages) break;
-                    const int next = first + kTilesAhead * step;
+                    if (deal.first(tile) >= num_pages) break;
+                    const int next = tile + kTilesAhead;
+                    const bool has_next = deal.first(next) < num_pages;
                     const typename Tile::Source source = source_of(blocks, next);
-                    blocks_at(blocks, next + step, num_pages);
+                    blocks_at(blocks, next + 1, num_pages);
                     float c[4];
                     tiles[i].multiply(
                         c, [&](int chunk) { return query.to_score(chunk); },
                         [&](int part) {
-                            if (next < num_pages) tiles[i].load_part(source, part);
+                            if (has_next) tiles[i].load_part(source, part);
                             __syncwarp();  // in this order: ptxas would ask late
                         });
                     HeadReducer reducer(p.head_reduction);
                     reducer.include(c, 0, group);
                     const uint32_t key = sort_key(reducer.score(group));
-                    const int page = first + (g + 8 * t) * spread;
+                    const int page = deal.page(tile, g + 8 * t);
                     if constexpr (kLists) {
                         const bool forced = page < p.sink_pages || page >= first_forced;
                         if (t < 2)
-                            mine.keys[mine.tiles * kTileTokens + g + 8 * t] = page >= num_pages ? 1
-                                                                              : forced          ? kForcedKey
-                                                                                                : key;
-                        ++mine.tiles;
+                            mine.keys[tile * kTileTokens + g + 8 * t] = page >= num_pages ? 1
+                                                                        : forced          ? kForcedKey
+                                                                                          : key;
+                        mine.tiles = tile + 1;
                     }
                     if (t < 2 && page < num_pages) {
                         if constexpr (!kLists) publish(space.keys + page, key);
                         if (key > best_key) best_key = key, best_page = page;
                     }
-                    first += step;
+                    ++tile;
                 }
             }
             // A warp's best page, likely to be chosen, is fetched while the blocks exchange keys. Where the memory has

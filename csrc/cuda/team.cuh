@@ -47,6 +47,25 @@ struct TeamPlace {
     }
 };
 
+// Which pages a warp of a team scores: tiles of 16, one after the other. One by one: neighbours, which are often chosen
+// together, go to different warps, and in every round the warps' turn is another, lest pages at a regular distance meet
+// in one warp.
+template <bool kOneByOne>
+struct PageDeal {
+    static constexpr int kTurn = 37;
+    int warp, num_warps;  // of the team; a power of two
+
+    __device__ __forceinline__ int page(int tile, int row) const {
+        if (!kOneByOne) return (tile * num_warps + warp) * kTileTokens + row;
+        const int round = tile * kTileTokens + row;
+        return round * num_warps + ((warp + round * kTurn) & (num_warps - 1));
+    }
+    // No page of this tile or a later one comes before.
+    __device__ __forceinline__ int first(int tile) const {
+        return kOneByOne ? tile * kTileTokens * num_warps : page(tile, 0);
+    }
+};
+
 // A team's part of the workspace, in words.
 struct TeamSpace {
     uint32_t* done;    // [writer]: all keys of a block are published, or soon will be seen

@@ -5,18 +5,18 @@
 
 namespace quest::cuda {
 
-// The tile of pages that a warp scores first, `spread` apart: its bounds are brought near by block numbers that may be
-// about to change. Afterwards they are read at once, and again in the rare case that the numbers did change. Returns
-// whether there is such a tile.
-template <class M, int D>
+// A tile of pages that a warp scores early: its bounds are brought near by block numbers that may be about to change.
+// Afterwards they are read at once, and again in the rare case that the numbers did change. Returns whether there is
+// such a tile.
+template <class M, int D, class Deal>
 __device__ __forceinline__ bool guess_blocks(int (&blocks)[2], const FusedParams& p, const PageTable& table, int row,
-                                             int kv_head, int first, int spread) {
+                                             int kv_head, const Deal& deal, int tile) {
     const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
     const int tokens = table.visible(peek_word(reinterpret_cast<const uint32_t*>(p.attention.seq_lens + row)));
     const int num_pages = table.pages(tokens);
 #pragma unroll
     for (int half_tile = 0; half_tile < 2; ++half_tile) {
-        const int page = first + (g + 8 * half_tile) * spread;
+        const int page = deal.page(tile, g + 8 * half_tile);
         blocks[half_tile] = 0;
         if (page >= num_pages || num_pages <= p.page_budget) continue;
         const int block = peek_word(reinterpret_cast<const uint32_t*>(table.blocks + table.entry(page)));
@@ -27,7 +27,7 @@ __device__ __forceinline__ bool guess_blocks(int (&blocks)[2], const FusedParams
         constexpr int kLine = 128 / sizeof(M);
         for (int i = t * kLine; i < 2 * D; i += 4 * kLine) prefetch(bounds + i);
     }
-    return num_pages > p.page_budget && first < num_pages;
+    return num_pages > p.page_budget && deal.first(tile) < num_pages;
 }
 
 // For dense attention, the same for the keys and values of a row that has no more than a tile for each warp.

@@ -14,14 +14,13 @@ __host__ __device__ inline int warp_keys_capacity(int max_pages, int size) {
     return (max_pages + a_round - 1) / a_round * kTileTokens;
 }
 
-// The scores' sort keys of one warp's pages: tile n holds first + n * step and those up to 15 * spread further.
+// The scores' sort keys of the pages that a warp was dealt.
 struct WarpKeys {
     uint32_t* keys;  // in shared memory, [16 * tiles]
-    int tiles, first, spread, step;
+    int tiles;
+    PageDeal<true> deal;
 
-    __device__ __forceinline__ int page(int entry) const {
-        return first + entry / kTileTokens * step + entry % kTileTokens * spread;
-    }
+    __device__ __forceinline__ int page(int entry) const { return deal.page(entry / kTileTokens, entry % kTileTokens); }
     __device__ __forceinline__ unsigned count_from(uint32_t least) const {
         unsigned count = 0;
 #pragma unroll 4
