@@ -55,17 +55,18 @@ class Policy:
         return 0.0 if self.recent_only else 16 / self.page_size * (0.5 if self.eight_bit else 1.0)
 
 
+BEST = Policy("mean_std 1, pages of 8, 8-bit", bound="mean_std", page_size=8, eight_bit=True)
 # Those of one cache layout stand together.
 POLICIES = (
     Policy("paper", paper=True),
     Policy("sink + recent", recent_only=True),
     Policy("minmax"),
-    *(Policy(f"minmax, select every {n}", select_every=n) for n in (2, 4, 8)),
     Policy("cuboid", bound="cuboid"),
     Policy("mean_std 1", bound="mean_std"),
     Policy("oracle", oracle=True),
     Policy("minmax, pages of 8, 8-bit", page_size=8, eight_bit=True),
-    Policy("mean_std 1, pages of 8, 8-bit", bound="mean_std", page_size=8, eight_bit=True),
+    BEST,
+    *(replace(BEST, name=f"{BEST.name}, select every {n}", select_every=n) for n in (2, 4, 8)),
     Policy("mean_std 1.5, pages of 8, 8-bit", bound="mean_std", bound_scale=1.5, page_size=8, eight_bit=True),
 )
 

@@ -577,13 +577,13 @@ def test_budgets_by_head_that_cannot_be_compared_are_named(bench, budgets_file):
 
 
 def test_budgets_by_head_stand_beside_the_named_policies_alone(bench, budgets_file, monkeypatch):
-    names = "minmax, select every 2", "minmax"
+    names = "mean_std 1, pages of 8, 8-bit, select every 2", "minmax"
     arguments = "--quick", "--budget", "128", "--policy", *names, "--head-budgets", budgets_file
     monkeypatch.setattr(sys, "argv", ["accuracy.py", "needles", *map(str, arguments)])
     pairs = bench.accuracy.parse().compared
     assert [(policy.name, policy.select_every, budget) for policy, budget in pairs] == [
         ("minmax", 1, 128),
-        ("minmax, select every 2", 2, 128),
+        ("mean_std 1, pages of 8, 8-bit, select every 2", 2, 128),
         ("mean_std 1, pages of 8, 8-bit, by head", 1, 128),
     ]
 
@@ -654,8 +654,8 @@ def test_accuracy_says_in_one_line_what_it_cannot_do(arguments, message):
 
 
 def test_fidelity_is_not_of_policies_that_keep_pages():
-    done = run_script("accuracy.py", "fidelity", "--quick", "--policy", "minmax", "minmax, select every 2")
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith("not of 'minmax, select every 2'")
+    done = run_script("accuracy.py", "fidelity", "--quick", "--policy", "minmax", "mean_std 1, pages of 8, 8-bit, select every 2")
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith("not of 'mean_std 1, pages of 8, 8-bit, select every 2'")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
