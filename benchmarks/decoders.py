@@ -97,8 +97,9 @@ class FilledPool:
             config.num_hidden_layers,
             config.num_key_value_heads,
             config.head_dim,
-            num_blocks=batch * -(-context // quest.page_size),
+            num_blocks=batch * -(-context // quest.block_size),
             page_size=quest.page_size,
+            pages_per_block=quest.block_size // quest.page_size,
             dtype=model.dtype,
             device=device,
             metadata_dtype=quest.metadata_dtype,
@@ -116,7 +117,10 @@ class FilledPool:
             k_cache, metadata = cache.k_cache(layer), cache.page_metadata(layer)
             k_cache[blocks, places] = keys
             cache.v_cache(layer)[blocks, places] = values
-            quest_ops.update_page_metadata(k_cache, metadata, table, lengths, torch.zeros_like(lengths))
+            quest_ops.update_page_metadata(
+                k_cache, metadata, table, lengths, torch.zeros_like(lengths),
+                bound=quest.bound, bound_scale=quest.bound_scale,
+            )  # fmt: skip
 
 
 class PagedAttention:

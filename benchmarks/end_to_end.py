@@ -252,6 +252,8 @@ def parse() -> argparse.Namespace:
     try:
         args.quests = [
             QuestConfig(
+                page_size=16,
+                bound="minmax",
                 token_budget=args.budget or (512 if args.quick else 2048),
                 dense_layers=tuple(range(dense_layers)),
                 metadata_dtype=METADATA[bits],

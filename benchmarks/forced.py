@@ -17,6 +17,9 @@ from quest_ops.llama.model import Llama
 PREFILL_CHUNK = {"cpu": 512, "cuda": 8192}
 MOST_SEQUENCES = 32  # of a step: 256 rows
 
+# The layout of the documents' first cache, whose keys and values all others copy.
+DENSE = QuestConfig(page_size=BLOCK_SIZE, bound="minmax", metadata_dtype=None)
+
 
 @dataclass(frozen=True)
 class Continuation:
@@ -48,10 +51,10 @@ class Documents:
         blocks_of_tail = -(-self.steps * MAX_ROWS_PER_REQUEST // BLOCK_SIZE) + 1  # and the copied last one
         blocks_of_text = sum(-(-len(prefix) // BLOCK_SIZE) for prefix in prefixes)
         self.num_blocks = blocks_of_text + MOST_SEQUENCES * blocks_of_tail
-        self.dense = self._new_cache(QuestConfig())
+        self.dense = self._new_cache(DENSE)
         self.caches = {(BLOCK_SIZE, None): self.dense}  # by page size and metadata dtype; the first, and one other
         attention = QuestAttention(
-            QuestConfig(), self.dense, model.config.num_attention_heads, max_batch_size=1,
+            DENSE, self.dense, model.config.num_attention_heads, max_batch_size=1,
             max_sequence_tokens=self.longest,
         )  # fmt: skip
         chunk, done, total = PREFILL_CHUNK[model.device.type], 0, sum(map(len, prefixes))
@@ -78,7 +81,7 @@ class Documents:
 
     def attention_of(self, policy: Policy | None, budget: int) -> QuestAttention:
         """The attention of a policy (None: dense) on a cache that holds the documents with the policy's metadata."""
-        config = policy.config(budget) if policy else QuestConfig()
+        config = policy.config(budget) if policy else DENSE
         cache = self._cache_of(config) if policy else self.dense
         if policy:
             self._rebuild_metadata(cache, config, blank=policy.recent_only)

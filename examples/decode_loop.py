@@ -29,6 +29,6 @@ for name, attention in attentions.items():
     start = time.perf_counter()
     tokens = [forward(attention, answer, 1) for _ in range(steps)]
     ms = (time.perf_counter() - start) / len(tokens) * 1e3
-    read = 1 if name == "dense" else 1 / config.page_size + config.token_budget / cache.length(answer)
+    read = 1 if name == "dense" else cache.metadata_bytes / cache.kv_bytes + config.token_budget / cache.length(answer)
     print(f"{name}: {ms:.2f} ms a token on {cache.device.type}, reads {read:.0%} of the KV cache")
     cache.free(answer)

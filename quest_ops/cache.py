@@ -39,8 +39,11 @@ class PagedKVCache:
     num_blocks: rows of the pool. A sequence of n tokens holds ceil(n / block_size) of them; forks share full blocks.
     page_size: tokens a page, what Quest selects: 8, 16, 32, 64 or 128. pages_per_block: 1 to 8.
     dtype: bfloat16, float16, or, on a CPU, float32.
-    metadata_dtype: None or the same, or float8_e4m3fn, saturating at +-448.
+    metadata_dtype: float8_e4m3fn, saturating at +-448, or dtype; None: dtype.
     max_sequence_tokens: longest sequence allowed; None: what the pool holds.
+
+    By default its pages and metadata are those of QuestConfig's defaults, in blocks of 16 tokens: chosen by the table
+    of policies in docs/accuracy.md, "Loss, and answers found" (pages of 8, 8-bit).
 
     In memory K and V are one tensor `pool [num_layers, num_blocks, 2, Hkv, S, D]` (HND), the metadata another,
     [num_layers, num_blocks, Hkv, M, 2, D]. The operations below move whole blocks and keep count; tokens are written by
@@ -59,11 +62,11 @@ class PagedKVCache:
         head_dim: int,
         num_blocks: int,
         *,
-        page_size: int = 16,
-        pages_per_block: int = 1,
+        page_size: int = 8,
+        pages_per_block: int = 2,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
-        metadata_dtype: torch.dtype | None = None,
+        metadata_dtype: torch.dtype | None = torch.float8_e4m3fn,
         max_sequence_tokens: int | None = None,
     ) -> None:
         self.num_layers = check_int("num_layers", num_layers, 1)

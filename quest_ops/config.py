@@ -10,6 +10,7 @@ import torch
 PAGE_SIZES = (8, 16, 32, 64, 128)
 HEAD_REDUCTIONS = ("max", "mean", "none")
 BOUNDS = ("minmax", "cuboid", "mean_std")
+BLOCK_TOKENS = 16
 FLOAT32 = torch.finfo(torch.float32)
 METADATA_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)
 
@@ -42,7 +43,11 @@ def check_head_budgets(name: str, value: object) -> tuple[tuple[int, ...], ...]:
 class QuestConfig:
     """Settings of Quest sparse attention (Tang et al., ICML 2024). Lengths are in tokens, per sequence.
 
-    page_size: tokens a page: 8, 16, 32, 64 or 128; the cache's.
+    The defaults of page_size, metadata_dtype, bound and bound_scale together are what does best at the paper's bytes of
+    metadata in docs/accuracy.md, "Loss, and answers found", by its table of policies ("mean_std 1, pages of 8, 8-bit").
+    They fit the defaults of PagedKVCache. The paper's own choice is `QuestConfig.paper()`.
+
+    page_size: tokens a page: 8, 16, 32, 64 or 128; the cache's. Chosen by the table of policies.
     token_budget: most tokens a decode row attends to, sink and recent ones included; rounded down to whole pages.
         budget_ratio lets it grow with the row's length, head_budgets shares it out among layers and heads.
     sink_tokens, recent_tokens: first and last tokens that are always attended to; rounded up to whole pages. At least
@@ -51,13 +56,17 @@ class QuestConfig:
     head_reduction: how the query heads that share a KV head agree on pages: "max" or "mean" of their scores, or "none":
         each query head selects for itself.
     metadata_dtype: dtype that the cache's page metadata must have: the cache's, or float8_e4m3fn, half of 16 bits to
-        keep and to read ("minmax" is still a bound of keys of magnitude up to 448); None: whatever the cache has.
+        keep and to read ("minmax" is still a bound of keys of magnitude up to 448); None: whatever the cache has, and
+        its dtype where this library makes the cache. Chosen by the table of policies: it pays for pages of half the
+        size.
     dense_below: rows of at most this many tokens attend to all of them, in a decode step beside any others; None: as
         many as fill the pages of the budget, and on a GPU of compute capability 9.0 or later up to where Quest is
         faster (`planner.plan_dense_length`). `QuestAttention.dense_length` is the number.
     bound: what a page's metadata is, over its keys and channel by channel: "minmax", the paper's, an upper bound of
-        every score; "cuboid": mean -+ mean absolute deviation; "mean_std": mean -+ standard deviation.
-    bound_scale: factor on the deviation of "cuboid" and "mean_std"; 1 for "minmax".
+        every score; "cuboid": mean -+ mean absolute deviation; "mean_std": mean -+ standard deviation. Chosen by the
+        table of policies.
+    bound_scale: factor on the deviation of "cuboid" and "mean_std"; 1 for "minmax". By the table of factors 0.75 is as
+        good.
     budget_ratio: None, or a share between 0 and 1: token_budget is then the least that a row attends to, and of n
         tokens it attends to budget_ratio * n where that is more, rounded down to whole pages (`row_page_budget`).
     head_budgets: None, or tokens for each layer and KV head, [layers][KV heads], in place of token_budget, which must
@@ -75,15 +84,15 @@ class QuestConfig:
     the recent pages and one page to choose.
     """
 
-    page_size: int = 16
+    page_size: int = 8
     token_budget: int = 2048
     sink_tokens: int = 16
     recent_tokens: int = 64
     dense_layers: tuple[int, ...] = ()
     head_reduction: str = "max"
-    metadata_dtype: torch.dtype | None = None
+    metadata_dtype: torch.dtype | None = torch.float8_e4m3fn
     dense_below: int | None = None
-    bound: str = "minmax"
+    bound: str = "mean_std"
     bound_scale: float = 1.0
     budget_ratio: float | None = None
     head_budgets: tuple[tuple[int, ...], ...] | None = None
@@ -156,8 +165,20 @@ class QuestConfig:
 
     @classmethod
     def paper(cls, **settings) -> QuestConfig:
-        """The paper's setting: no sink, one recent page, layers 0 and 1 dense. `settings` override single fields."""
-        return cls(**{"sink_tokens": 0, "recent_tokens": 1, "dense_layers": (0, 1), **settings})
+        """The paper's setting: minimum and maximum of pages of 16 in the cache's dtype, no sink, one recent page, and
+        layers 0 and 1 dense. `settings` override single fields.
+
+        Its cache: `PagedKVCache(..., page_size=16, pages_per_block=1, metadata_dtype=None)`.
+        """
+        policy = {
+            "page_size": 16,
+            "bound": "minmax",
+            "metadata_dtype": None,
+            "sink_tokens": 0,
+            "recent_tokens": 1,
+            "dense_layers": (0, 1),
+        }
+        return cls(**policy | settings)
 
     @classmethod
     def with_head_budgets(cls, path: str | Path, **settings) -> QuestConfig:
@@ -176,6 +197,11 @@ class QuestConfig:
                 raise ValueError(f"{name} must be {theirs!r}, as the budgets of {path} need it, got {settings[name]!r}")
         settings = {"sink_tokens": of_file.sink_tokens, "recent_tokens": of_file.recent_tokens} | settings
         return cls(head_budgets=of_file.tokens, **settings)
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block where this library makes the cache: 16, or a page where that has more."""
+        return max(BLOCK_TOKENS, self.page_size)
 
     @property
     def page_budget(self) -> int:

@@ -3,9 +3,16 @@
 import pytest
 import torch
 
+from quest_ops.config import QuestConfig
 from quest_ops.llama.config import LlamaConfig
 from quest_ops.llama.model import Llama
 from quest_ops.llama.weights import Checkpoint, expected_shapes
+
+
+def pages_of_16(**settings) -> QuestConfig:
+    """Minimum and maximum of pages of 16 tokens in the cache's dtype, and the defaults of the other settings: where a
+    test counts pages, or is about something else than the metadata."""
+    return QuestConfig(**{"page_size": 16, "bound": "minmax", "metadata_dtype": None} | settings)
 
 
 def random_checkpoint(config: LlamaConfig, dtype: torch.dtype) -> Checkpoint:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from models import pages_of_16
 from test_generate import (
     COVERING,
     DENSE_TO_100,
@@ -70,7 +71,7 @@ def test_prompts_get_the_tokens_they_get_alone(model, attention, quest, sampling
 
 def test_a_budget_of_no_whole_pages_does_not_make_tokens_depend_on_neighbours(model):
     """A sequence of 65 to 79 tokens, more than the 4 pages of its budget, is sparse alone as beside a longer one."""
-    quest = QuestConfig(token_budget=79, sink_tokens=16, recent_tokens=16)
+    quest = pages_of_16(token_budget=79, sink_tokens=16, recent_tokens=16)
     prompts = random_prompts(65, 66, 67, 200)
     results = make(model, quest=quest).generate(prompts, 12, stop_tokens=())
     assert [result.tokens for result in results] == alone(model, prompts, 12, quest=quest)
@@ -99,7 +100,7 @@ def test_out_of_pages_waits_for_others_to_finish(model, monkeypatch):
     generator = make(model, max_batch_size=4, cache_tokens=176)
     assert generator.cache.num_blocks == 11
     steps = note_steps(monkeypatch, generator)
-    results = generator.generate(prompts, 13, stop_tokens=())  # 7, 3, 5, 7 and 2 pages
+    results = generator.generate(prompts, 13, stop_tokens=())  # 7, 3, 5, 7 and 2 blocks
     assert [result.tokens for result in results] == alone(model, prompts, 13)
     ran = [sum(seq is not None for seq in seqs) for seqs in steps]
     # 7 + 3 fit. The third waits for them; beside its 5 the fourth's 7 do not fit, and the fifth does not overtake.
@@ -111,7 +112,7 @@ def test_what_can_never_fit_is_refused_before_anything_runs(model, monkeypatch):
     generator = make(model, max_batch_size=2, cache_tokens=100)
     monkeypatch.setattr(generator, "_prefill", lambda *_: pytest.fail("something ran"))
     prompts = random_prompts(10, 100)
-    message = r"prompts\[1\] of 100 tokens and 14 new ones need 8 pages .* never fit: the cache has 7 free of 7"
+    message = r"prompts\[1\] of 100 tokens and 14 new ones need 8 blocks .* never fit: the cache has 7 free of 7"
     with pytest.raises(ValueError, match=message):
         generator.generate(prompts, 14)
     generator.cache.extend(generator.cache.add(), 20)  # someone else's sequence
@@ -192,11 +193,11 @@ def test_an_interrupted_call_gives_back_what_waiting_and_running_prompts_held(mo
     assert 4 not in seen and generator.cache.free_blocks == generator.cache.num_blocks
 
 
-def test_a_batch_sets_pages_aside_for_growth():
+def test_a_batch_sets_blocks_aside_for_growth():
     cache = PagedKVCache(1, 1, 64, 10, dtype=torch.float32)
-    batch = Batch(cache, pages=[6, 5, 1, 4], slots=3)
+    batch = Batch(cache, blocks=[6, 5, 1, 4], slots=3)
     assert batch.admit() == [0] and batch.prompts == [0, None, None]
-    assert batch.admit() == [] and cache.free_blocks == 10, "6 pages are promised, though not taken yet"
+    assert batch.admit() == [] and cache.free_blocks == 10, "6 blocks are promised, though not taken yet"
     cache.extend(batch.seqs[0], 96)
     batch.release(0)
     assert cache.free_blocks == 10 and batch.running == []

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from models import fetch_smollm2_or_skip, random_llama
+from models import fetch_smollm2_or_skip, pages_of_16, random_llama
 
 import quest_ops
 from quest_ops import PagedKVCache, QuestAttention, QuestConfig
@@ -182,7 +182,7 @@ def small_decoder(bench, name):
 @torch.inference_mode()
 def test_all_attentions_are_compared_in_every_layer_before_they_are_timed(bench, name, monkeypatch):
     model = small_decoder(bench, name)
-    quests = [QuestConfig(), QuestConfig(dense_layers=(0,)), QuestConfig(metadata_dtype=torch.float8_e4m3fn)]
+    quests = [pages_of_16(), pages_of_16(dense_layers=(0,)), pages_of_16(metadata_dtype=torch.float8_e4m3fn)]
     entries = bench.end_to_end.entries_of(["quest", "dense", "sdpa"], quests)
     assert len(entries) == 5
     bench.end_to_end.check(model, entries)
@@ -242,8 +242,8 @@ def test_a_timed_cycle_chooses_pages_once_and_the_pool_serves_others_at_any_poin
 
 
 def test_the_ratio_is_to_flashinfer_where_there_and_the_shares_add_up(bench):
-    wide = QuestConfig()
-    narrow = QuestConfig(metadata_dtype=torch.float8_e4m3fn, dense_layers=(0, 1), select_every=4)
+    wide = pages_of_16()
+    narrow = pages_of_16(metadata_dtype=torch.float8_e4m3fn, dense_layers=(0, 1), select_every=4)
     times = {("quest", wide): 10.0, ("quest", narrow): 8.0, ("flashinfer", wide): 30.0, ("sdpa", wide): 40.0}
     for absent, ratio in (((), 3.0), (("flashinfer",), 4.0), (("flashinfer", "sdpa"), None)):
         present = {entry: ms for entry, ms in times.items() if entry[0] not in absent}
@@ -404,7 +404,7 @@ def one_token_a_step(documents, config, blank, continuation, runs_of=lambda atte
     shape = model.config
     cache = PagedKVCache(
         shape.num_hidden_layers, shape.num_key_value_heads, shape.head_dim, 40, page_size=config.page_size,
-        dtype=model.dtype, metadata_dtype=config.metadata_dtype,
+        pages_per_block=1, dtype=model.dtype, metadata_dtype=config.metadata_dtype,
     )  # fmt: skip
     attention = QuestAttention(config, cache, shape.num_attention_heads, max_batch_size=1, max_sequence_tokens=300)
     seq = cache.add()
@@ -654,8 +654,12 @@ def test_accuracy_says_in_one_line_what_it_cannot_do(arguments, message):
 
 
 def test_fidelity_is_not_of_policies_that_keep_pages():
-    done = run_script("accuracy.py", "fidelity", "--quick", "--policy", "minmax", "mean_std 1, pages of 8, 8-bit, select every 2")
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith("not of 'mean_std 1, pages of 8, 8-bit, select every 2'")
+    done = run_script(
+        "accuracy.py", "fidelity", "--quick", "--policy", "minmax", "mean_std 1, pages of 8, 8-bit, select every 2"
+    )
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith(
+        "not of 'mean_std 1, pages of 8, 8-bit, select every 2'"
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -6,7 +6,7 @@ from cases import OUT_TOLERANCE
 from test_dense_length import tokens_of
 from test_layer import HEADS, KV_HEADS, LAYERS, PAGE, make_attention, make_cache, make_config
 
-from quest_ops import QuestConfig, reference
+from quest_ops import reference
 
 MEAN = 8
 HEAD_PAGES = ((5, 11), (3, 13))  # of LAYERS and KV_HEADS; 8 on average
@@ -104,7 +104,7 @@ def test_plan_keeps_the_budgets_of_heads_where_they_are(device):
 
 def test_budgets_of_heads_must_be_of_the_caches_shape():
     with pytest.raises(ValueError, match="head_budgets has 1 layers of 3 KV heads, the cache has 2 of 2"):
-        make_attention(make_cache(), QuestConfig(page_size=PAGE, token_budget=256, head_budgets=((256,) * 3,)))
+        make_attention(make_cache(), make_config(token_budget=256, head_budgets=((256,) * 3,)))
 
 
 @pytest.mark.gpu

@@ -17,7 +17,8 @@ TOKENS = torch.randn(2, 4096, HEADS, DIM, generator=torch.Generator().manual_see
 
 
 def make_cache(device="cpu", **settings):
-    settings = {"page_size": PAGE, "dtype": torch.float16, "device": device} | settings
+    layout = {"page_size": PAGE, "pages_per_block": 1, "metadata_dtype": None}
+    settings = layout | {"dtype": torch.float16, "device": device} | settings
     cache = PagedKVCache(LAYERS, HEADS, DIM, BLOCKS, **settings)
     cache.pool.fill_(torch.nan)
     for layer in range(LAYERS):
@@ -212,7 +213,7 @@ def test_any_history_is_exact(device, pages_per_block, metadata_dtype, bound):
 
 
 def test_pools_are_hnd_views_of_one_allocation():
-    cache = PagedKVCache(3, 2, 64, 5, page_size=16, pages_per_block=2)
+    cache = PagedKVCache(3, 2, 64, 5, page_size=16, pages_per_block=2, metadata_dtype=None)
     assert cache.pool.shape == (3, 5, 2, 2, 32, 64) and cache.pool.is_contiguous()
     k_cache, v_cache = cache.k_cache(1), cache.v_cache(1)
     assert k_cache.shape == v_cache.shape == (5, 32, 2, 64) and k_cache.stride() == v_cache.stride()

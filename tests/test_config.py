@@ -3,7 +3,8 @@ import dataclasses
 import pytest
 import torch
 
-from quest_ops.config import QuestConfig
+from quest_ops import PagedKVCache, QuestAttention
+from quest_ops.config import PAGE_SIZES, QuestConfig
 
 
 def test_lengths_become_whole_pages():
@@ -12,14 +13,34 @@ def test_lengths_become_whole_pages():
     assert QuestConfig(sink_tokens=0).sink_pages == 0
 
 
-def test_defaults_are_those_of_the_design():
+def test_defaults_are_what_the_tables_chose():
     config = QuestConfig()
-    assert (config.page_budget, config.sink_pages, config.recent_pages) == (128, 1, 4)
+    assert (config.page_size, config.metadata_dtype) == (8, torch.float8_e4m3fn)
+    assert (config.bound, config.bound_scale, config.select_every) == ("mean_std", 1.0, 1)
+    assert (config.token_budget, config.sink_tokens, config.recent_tokens) == (2048, 16, 64)
+    assert (config.page_budget, config.sink_pages, config.recent_pages) == (256, 2, 8)
     assert (config.head_reduction, config.dense_layers, config.dense_below) == ("max", (), None)
-    assert (config.bound, config.bound_scale, config.select_every) == ("minmax", 1.0, 1)
 
 
-def test_paper_has_no_sink_one_recent_page_and_two_dense_layers():
+def test_the_defaults_of_config_and_cache_fit_each_other():
+    """As many bytes of metadata as the paper's, in blocks of 16 tokens."""
+    cache, config = PagedKVCache(1, 1, 64, 4), QuestConfig()
+    QuestAttention(config, cache, 1, max_batch_size=1, max_sequence_tokens=64)
+    assert cache.block_size == config.block_size == 16 and cache.metadata_dtype == config.metadata_dtype
+    papers = PagedKVCache(1, 1, 64, 4, page_size=16, pages_per_block=1, metadata_dtype=None)
+    QuestAttention(QuestConfig.paper(dense_layers=()), papers, 1, max_batch_size=1, max_sequence_tokens=64)
+    assert papers.metadata_bytes == cache.metadata_bytes == cache.kv_bytes / 16
+
+
+def test_blocks_have_16_tokens_or_one_page():
+    assert [QuestConfig(page_size=n).block_size for n in PAGE_SIZES] == [16, 16, 32, 64, 128]
+
+
+def test_paper_is_as_the_paper_says():
+    config = QuestConfig.paper()
+    assert (config.page_size, config.bound, config.bound_scale, config.metadata_dtype) == (16, "minmax", 1.0, None)
+    assert (config.sink_pages, config.recent_pages, config.dense_layers) == (0, 1, (0, 1))
+    assert (config.token_budget, config.head_reduction, config.select_every) == (2048, "max", 1)
     for page_size in (8, 128):
         config = QuestConfig.paper(page_size=page_size)
         assert (config.sink_pages, config.recent_pages, config.dense_layers) == (0, 1, (0, 1))
@@ -27,9 +48,9 @@ def test_paper_has_no_sink_one_recent_page_and_two_dense_layers():
 
 
 def test_the_smallest_budget_holds_sink_recent_and_one_page():
-    assert QuestConfig(token_budget=16 * 6).page_budget == 6
-    with pytest.raises(ValueError, match=r"token_budget 95 is 5 pages.*at least 96"):
-        QuestConfig(token_budget=95)
+    assert QuestConfig(token_budget=8 * 11).page_budget == 11
+    with pytest.raises(ValueError, match=r"token_budget 87 is 10 pages.*at least 88"):
+        QuestConfig(token_budget=87)
 
 
 def test_a_config_is_frozen_and_hashable():
@@ -61,7 +82,7 @@ def test_a_config_is_frozen_and_hashable():
         ({"metadata_dtype": torch.int8}, ValueError, "metadata_dtype.*int8"),
         ({"bound": "std"}, ValueError, "bound.*minmax.*cuboid.*mean_std.*'std'"),
         ({"bound": None}, ValueError, "bound.*None"),
-        ({"bound_scale": 1.5}, ValueError, "bound_scale.*minmax.*1.5"),
+        ({"bound": "minmax", "bound_scale": 1.5}, ValueError, "bound_scale.*minmax.*1.5"),
         ({"bound": "cuboid", "bound_scale": 0}, ValueError, "bound_scale.*0"),
         ({"bound": "cuboid", "bound_scale": -1.0}, ValueError, "bound_scale.*-1"),
         ({"bound": "mean_std", "bound_scale": float("nan")}, ValueError, "bound_scale.*nan"),
@@ -69,7 +90,7 @@ def test_a_config_is_frozen_and_hashable():
         ({"bound": "mean_std", "bound_scale": "1"}, TypeError, "bound_scale.*'1'"),
         ({"bound": "mean_std", "bound_scale": True}, TypeError, "bound_scale.*True"),
         ({"select_every": 0}, ValueError, "select_every.*0"),
-        ({"select_every": 17}, ValueError, "select_every must be 1 to page_size = 16, got 17"),
+        ({"select_every": 9}, ValueError, "select_every must be 1 to page_size = 8, got 9"),
         ({"select_every": 2.0}, TypeError, "select_every.*2.0"),
         ({"select_every": True}, TypeError, "select_every.*True"),
         ({"page_budget": 3}, TypeError, "page_budget"),
@@ -84,7 +105,7 @@ def test_a_config_is_frozen_and_hashable():
         ({"head_budgets": ((256,), (256, 256))}, ValueError, r"head_budgets .*equally many.*\[1, 2\]"),
         ({"head_budgets": ((256, 256.0),)}, TypeError, r"head_budgets\[0\]\[1\].*256.0"),
         ({"head_budgets": ((256, 2**31),)}, ValueError, r"head_budgets\[0\]\[1\] must fit int32"),
-        ({"head_budgets": ((256, 95),)}, ValueError, r"head_budgets\[0\]\[1\] is 95 tokens.*at least 96"),
+        ({"head_budgets": ((256, 87),)}, ValueError, r"head_budgets\[0\]\[1\] is 87 tokens.*at least 88"),
         ({"head_budgets": ((256, 257),)}, ValueError, "token_budget must be the mean of head_budgets, 256, got 2048"),
     ],
 )
@@ -99,13 +120,13 @@ def test_metadata_may_have_the_dtype_of_a_cache_or_8_bits():
 
 
 def test_a_ratio_lets_the_budget_grow_in_whole_pages_and_never_shrinks_it():
-    config = QuestConfig(token_budget=256, budget_ratio=0.25)
+    config = QuestConfig(page_size=16, token_budget=256, budget_ratio=0.25)
     assert [config.row_page_budget(n) for n in (0, 100, 1024, 1087, 1088, 2**20)] == [16, 16, 16, 16, 17, 2**14]
-    assert QuestConfig(token_budget=256).row_page_budget(2**20) == 16
+    assert QuestConfig(page_size=16, token_budget=256).row_page_budget(2**20) == 16
 
 
 def test_budgets_of_heads_become_whole_pages():
-    config = QuestConfig(token_budget=256, head_budgets=[[128, 384], [111, 401]])
+    config = QuestConfig(page_size=16, token_budget=256, head_budgets=[[128, 384], [111, 401]])
     assert config.head_budgets == ((128, 384), (111, 401)) and hash(config)
     assert config.head_page_budgets == ((8, 24), (6, 25))
     assert QuestConfig().head_page_budgets is None

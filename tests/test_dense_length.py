@@ -6,10 +6,10 @@ import pathlib
 import pytest
 import torch
 from cases import OUT_TOLERANCE, assert_same_bits
+from models import pages_of_16
 from test_layer import DIM, HEADS, KV_HEADS, PAGE, make_attention, make_cache, make_config
 
 from quest_ops import ops
-from quest_ops.config import QuestConfig
 from quest_ops.planner import plan_dense_length
 
 MEASURED = pathlib.Path(__file__).parents[1] / "benchmarks" / "results" / "break_even-h100.json"
@@ -82,7 +82,7 @@ def test_the_planned_choice_was_the_faster_one():
     ],
 )
 def test_on_a_cpu_the_length_follows_the_budget_unless_given(settings, tokens):
-    config = QuestConfig(**settings)
+    config = pages_of_16(**settings)
     assert make_attention(make_cache(page_size=config.page_size), config).dense_length == tokens
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import random_llama
+from models import pages_of_16, random_llama
 from test_compile import INDUCTOR
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -31,10 +31,10 @@ CONFIG = LlamaConfig(
     max_position_embeddings=512,
     eos_token_ids=(7, 9),
 )
-QUEST = QuestConfig(token_budget=64, sink_tokens=16, recent_tokens=16, dense_below=64)
-DENSE_TO_100 = QuestConfig(token_budget=64, sink_tokens=16, recent_tokens=16, dense_below=100)
+QUEST = pages_of_16(token_budget=64, sink_tokens=16, recent_tokens=16, dense_below=64)
+DENSE_TO_100 = pages_of_16(token_budget=64, sink_tokens=16, recent_tokens=16, dense_below=100)
 COVERING = QuestConfig(token_budget=256, dense_below=0)
-QUEST_FROM_THE_START = QuestConfig(token_budget=64, sink_tokens=16, recent_tokens=16, dense_below=0)
+QUEST_FROM_THE_START = pages_of_16(token_budget=64, sink_tokens=16, recent_tokens=16, dense_below=0)
 
 
 def random_model(dtype=torch.float32, device="cpu") -> Llama:
@@ -233,11 +233,11 @@ def test_prompts_are_split_into_full_steps():
 
 
 def test_kv_read_share_counts_metadata_and_chosen_pages(model):
-    quest = QuestConfig(token_budget=64, sink_tokens=16, recent_tokens=16, dense_layers=(0,))
+    quest = pages_of_16(token_budget=64, sink_tokens=16, recent_tokens=16, dense_layers=(0,))
     assert kv_tokens_read(64, quest) == 64  # 4 pages fit the budget
     assert kv_tokens_read(65, quest) == 5 + 64
     assert kv_tokens_read(160, quest, metadata_scale=0.5) == 5 + 64
-    per_head = QuestConfig(token_budget=64, sink_tokens=16, recent_tokens=16, head_reduction="none")
+    per_head = pages_of_16(token_budget=64, sink_tokens=16, recent_tokens=16, head_reduction="none")
     assert kv_tokens_read(160, per_head, group=3) == 10 + 3 * 64
 
     growing = replace(quest, budget_ratio=0.5)
@@ -270,7 +270,7 @@ def test_profiling_measures_a_part_of_the_time(model):
 
 
 def test_recorded_pages_are_the_pages_attended_to(model):
-    quest = QuestConfig(token_budget=64, sink_tokens=16, recent_tokens=16, dense_layers=(1,))
+    quest = pages_of_16(token_budget=64, sink_tokens=16, recent_tokens=16, dense_layers=(1,))
     generator = make(model, quest=quest)
     attention, run, last = generator.attention, generator.attention.run, {}
 

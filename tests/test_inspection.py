@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from models import random_llama
+from models import pages_of_16, random_llama
 
 from quest_ops import QuestConfig, inspection
 from quest_ops.inspection import inspect_prompt
@@ -58,8 +58,8 @@ def in_words(query, keys, values, page_ids, page_size):
 def test_pages_mass_and_error_are_those_of_the_plain_computation(monkeypatch, reduction):
     monkeypatch.setattr(inspection, "Probe", Noting)
     model = random_llama(CONFIG, torch.float32, "cpu")
-    quest = QuestConfig(
-        token_budget=56, page_size=8, sink_tokens=8, recent_tokens=16, head_reduction=reduction, dense_layers=(1,)
+    quest = pages_of_16(
+        page_size=8, token_budget=56, sink_tokens=8, recent_tokens=16, head_reduction=reduction, dense_layers=(1,)
     )
     found = inspect_prompt(model, prompt_of(301), quest, STEPS)
     selecting = {"max": 2, "none": 4}[reduction]
@@ -109,7 +109,7 @@ def test_it_looks_at_what_a_generation_does(bound, device):
     """The tokens and the pages of Generator, for a budget that is no whole number of pages and 8-bit metadata too."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     model = random_llama(CONFIG, dtype, device)
-    quest = QuestConfig(token_budget=124, dense_below=124, bound=bound, metadata_dtype=torch.float8_e4m3fn)
+    quest = pages_of_16(token_budget=124, dense_below=124, bound=bound, metadata_dtype=torch.float8_e4m3fn)
     prompt = prompt_of(124)  # the first step has one token too many for the budget
     told = []
     found = inspect_prompt(model, prompt, quest, STEPS, lambda *counts: told.append(counts))
@@ -129,7 +129,7 @@ def test_it_looks_at_what_a_generation_does_with_budgets_by_head(ratio):
     model = random_llama(CONFIG, torch.float32, "cpu")
     tokens = ((7, 9), (8, 8), (10, 6))
     by_head = tuple(tuple(16 * pages for pages in heads) for heads in tokens)
-    quest = QuestConfig(token_budget=128, head_budgets=by_head, dense_layers=(1,), budget_ratio=ratio)
+    quest = pages_of_16(token_budget=128, head_budgets=by_head, dense_layers=(1,), budget_ratio=ratio)
     prompt = prompt_of(204)
     found = inspect_prompt(model, prompt, quest, STEPS)
     if ratio is None:
@@ -149,7 +149,7 @@ def test_it_looks_at_what_a_generation_does_with_budgets_by_head(ratio):
 def test_it_looks_at_the_pages_that_a_generation_keeps():
     model, prompt = random_llama(CONFIG, torch.float32, "cpu"), prompt_of(201)  # the first new token is number 9
     by_head = ((112, 144), (128, 128), (160, 96))
-    quest = QuestConfig(token_budget=128, head_budgets=by_head, select_every=4)
+    quest = pages_of_16(token_budget=128, head_budgets=by_head, select_every=4)
     found = inspect_prompt(model, prompt, quest, STEPS)
     generator = Generator(model, quest=quest, max_sequence_tokens=256, compile=False)
     generation = generator.generate([prompt], STEPS + 1, stop_tokens=(), record_pages=range(STEPS))[0]

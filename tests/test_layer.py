@@ -20,7 +20,8 @@ EXAMPLE = pathlib.Path(__file__).parents[1] / "examples" / "decode_loop.py"
 
 
 def make_cache(device="cpu", **settings):
-    settings = {"num_blocks": 64, "page_size": PAGE, "dtype": torch.float16, "device": device} | settings
+    layout = {"num_blocks": 64, "page_size": PAGE, "pages_per_block": 1, "metadata_dtype": None}
+    settings = layout | {"dtype": torch.float16, "device": device} | settings
     cache = PagedKVCache(LAYERS, KV_HEADS, DIM, **settings)
     cache.pool.fill_(torch.nan)
     for layer in range(LAYERS):
@@ -29,8 +30,9 @@ def make_cache(device="cpu", **settings):
 
 
 def make_config(**settings):
-    """Dense within the budget alone, on any device."""
-    settings = {"page_size": PAGE, "token_budget": 4 * PAGE, "sink_tokens": PAGE, "recent_tokens": PAGE} | settings
+    """Dense within the budget alone, on any device; minimum and maximum, in whatever the cache has."""
+    lengths = {"token_budget": 4 * PAGE, "sink_tokens": PAGE, "recent_tokens": PAGE}
+    settings = {"page_size": PAGE, "bound": "minmax", "metadata_dtype": None} | lengths | settings
     return QuestConfig(**{"dense_below": settings["token_budget"]} | settings)
 
 

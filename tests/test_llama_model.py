@@ -67,7 +67,7 @@ def attention_for(model: Llama, batch: int = 1, tokens: int = 256, **quest) -> Q
     quest = QuestConfig(**{"token_budget": tokens, "dense_below": 0, **quest})
     c = model.config
     cache = PagedKVCache(
-        c.num_hidden_layers, c.num_key_value_heads, c.head_dim, batch * tokens // quest.page_size, dtype=model.dtype
+        c.num_hidden_layers, c.num_key_value_heads, c.head_dim, batch * tokens // quest.block_size, dtype=model.dtype
     )
     return QuestAttention(quest, cache, c.num_attention_heads, max_batch_size=batch, max_sequence_tokens=tokens)
 

@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from quest_ops.config import BOUNDS, QuestConfig
+
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -19,6 +21,14 @@ def add_budget(parser: argparse._ActionsContainer, default: int) -> None:
     parser.add_argument(
         "--token-budget", type=int, default=default, help="tokens a Quest step reads (default: %(default)s)"
     )
+
+
+def add_bound(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--bound", choices=BOUNDS, default=QuestConfig.bound, help="a page's metadata (default: %(default)s)"
+    )
+    scale = QuestConfig.bound_scale
+    parser.add_argument("--bound-scale", type=float, default=scale, help="on its deviation (default: %(default)s)")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

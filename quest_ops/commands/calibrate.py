@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from quest_ops.commands.arguments import add_device, add_model, need_extra, read_text
-from quest_ops.config import BOUNDS, QuestConfig
+from quest_ops.commands.arguments import add_bound, add_device, add_model, need_extra, read_text
+from quest_ops.config import QuestConfig
 
 DESCRIPTION = """\
 Shares out a token budget among the layers and KV heads of a model: as many bytes in all, given where they lower the
@@ -14,7 +14,7 @@ error of the attention output most, as measured on a text. Writes JSON, for `gen
 QuestConfig.with_head_budgets.
 
   quest-ops calibrate --text book.txt --token-budget 512 --out budgets.json
-  quest-ops calibrate --text book.txt --token-budget 512 --page-size 8 --bound mean_std
+  quest-ops calibrate --text book.txt --token-budget 512 --page-size 16 --bound minmax
   quest-ops calibrate --model ~/models/Qwen2.5-7B-Instruct --device cuda --text book.txt --context 16384
 """
 
@@ -22,11 +22,14 @@ QuestConfig.with_head_budgets.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8; like what will be read")
-    parser.add_argument("--token-budget", type=int, default=2048, help="of a head on average (default: %(default)s)")
-    parser.add_argument("--page-size", type=int, default=16, help="default: %(default)s")
-    parser.add_argument("--bound", choices=BOUNDS, default="minmax", help="of the metadata (default: %(default)s)")
-    parser.add_argument("--bound-scale", type=float, default=1.0, help="default: %(default)s")
-    parser.add_argument("--recent-tokens", type=int, default=64, help="always attended to (default: %(default)s)")
+    parser.add_argument(
+        "--token-budget", type=int, default=QuestConfig.token_budget, help="of a head on average (default: %(default)s)"
+    )
+    parser.add_argument("--page-size", type=int, default=QuestConfig.page_size, help="default: %(default)s")
+    add_bound(parser)
+    parser.add_argument(
+        "--recent-tokens", type=int, default=QuestConfig.recent_tokens, help="always attended to (default: %(default)s)"
+    )
     parser.add_argument(
         "--context", type=int, metavar="TOKENS", help="before what is decoded (default: 8 budgets, or what there is)"
     )

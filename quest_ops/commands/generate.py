@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's message: use the chat template")
     parser.add_argument("--attention", choices=ATTENTIONS, default="quest", help="default: %(default)s")
     budget = parser.add_mutually_exclusive_group()
-    add_budget(budget, 2048)
+    add_budget(budget, QuestConfig.token_budget)
     budget.add_argument("--head-budgets", type=Path, metavar="FILE", help="by layer and head, from quest-ops calibrate")
     parser.add_argument(
         "--budget-ratio", type=float, metavar="SHARE", help="of the context, where that is more than the budget"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from quest_ops.commands.arguments import add_budget, add_device, add_model, need_extra, read_prompt
-from quest_ops.config import BOUNDS, QuestConfig
+from quest_ops.commands.arguments import add_bound, add_budget, add_device, add_model, need_extra, read_prompt
+from quest_ops.config import QuestConfig
 
 DESCRIPTION = """\
 Reads a prompt with dense attention, decodes greedily with Quest, and draws into a folder which pages it chooses by
@@ -15,8 +15,8 @@ attention's output, by layer, against dense attention of the same queries to the
 table by layer; inspect.json has the numbers by layer and head.
 
   quest-ops inspect --prompt-file report.txt --out look
-  quest-ops inspect --prompt-file report.txt --token-budget 256 --page-size 8 --metadata 8 --out finer
-  cat report.txt | quest-ops inspect --prompt-file - --bound mean_std --out deviations
+  quest-ops inspect --prompt-file report.txt --token-budget 256 --page-size 16 --metadata 16 --out coarser
+  cat report.txt | quest-ops inspect --prompt-file - --bound minmax --out bounds
   quest-ops inspect --model ~/models/Qwen2.5-7B-Instruct --device cuda --prompt-file report.txt --out qwen
 """
 
@@ -26,9 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-file", metavar="FILE", required=True, help='UTF-8 text; "-": stdin')
     parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder for pictures and numbers")
     add_budget(parser, 512)
-    parser.add_argument("--page-size", type=int, default=16, help="tokens a page (default: %(default)s)")
-    parser.add_argument("--bound", choices=BOUNDS, default="minmax", help="a page's metadata (default: %(default)s)")
-    parser.add_argument("--metadata", choices=("16", "8"), default="16", help="its bits; 16: as the cache's dtype")
+    parser.add_argument(
+        "--page-size", type=int, default=QuestConfig.page_size, help="tokens a page (default: %(default)s)"
+    )
+    add_bound(parser)
+    parser.add_argument(
+        "--metadata", choices=("16", "8"), default="8", help="its bits; 16: as the cache's dtype (default: %(default)s)"
+    )
     parser.add_argument("--new-tokens", type=int, default=32, help="decode steps to look at (default: %(default)s)")
     add_device(parser)
 
@@ -44,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
         token_budget=args.token_budget,
         page_size=args.page_size,
         bound=args.bound,
+        bound_scale=args.bound_scale,
         metadata_dtype=torch.float8_e4m3fn if args.metadata == "8" else None,
     )
     inspection_report.run(

@@ -18,7 +18,7 @@ from .watch import Watch
 class Batch:
     """A fixed number of slots that prompts enter in order and leave when they are done.
 
-    pages[i]: the most pages that prompt i will come to hold, at most `cache.free_blocks`. They are set aside when the
+    blocks[i]: the most blocks that prompt i will come to hold, at most `cache.free_blocks`. They are set aside when the
     prompt is admitted, so that no running sequence ever finds the pool empty. A prompt that does not fit yet waits, and
     those behind it too: none is overtaken for ever.
 
@@ -26,30 +26,30 @@ class Batch:
     `QuestAttention.plan` takes them.
     """
 
-    def __init__(self, cache: PagedKVCache, pages: list[int], slots: int):
-        self.cache, self.pages = cache, pages
+    def __init__(self, cache: PagedKVCache, blocks: list[int], slots: int):
+        self.cache, self.blocks = cache, blocks
         self.prompts: list[int | None] = [None] * slots
         self.seqs: list[int | None] = [None] * slots
-        self._waiting = deque(range(len(pages)))
-        self._free_pages = cache.free_blocks
+        self._waiting = deque(range(len(blocks)))
+        self._free_blocks = cache.free_blocks
 
     def admit(self) -> list[int]:
         """Lets waiting prompts in, as many as fit now. Returns their slots, in the prompts' order."""
         admitted = []
         for slot, seq in enumerate(self.seqs):
-            if not self._waiting or self.pages[self._waiting[0]] > self._free_pages:
+            if not self._waiting or self.blocks[self._waiting[0]] > self._free_blocks:
                 break
             if seq is None:
                 prompt = self._waiting.popleft()
-                self._free_pages -= self.pages[prompt]
+                self._free_blocks -= self.blocks[prompt]
                 self.prompts[slot], self.seqs[slot] = prompt, self.cache.add()
                 admitted.append(slot)
         return admitted
 
     def release(self, slot: int) -> None:
-        """Empties a slot and gives back the pages of its sequence."""
+        """Empties a slot and gives back the blocks of its sequence."""
         self.cache.free(self.seqs[slot])
-        self._free_pages += self.pages[self.prompts[slot]]
+        self._free_blocks += self.blocks[self.prompts[slot]]
         self.prompts[slot] = self.seqs[slot] = None
 
     @property

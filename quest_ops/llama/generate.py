@@ -24,13 +24,13 @@ class Generator:
     attention: "quest", "dense", "sdpa" or "flashinfer" (QuestAttention's backends). quest: which pages a step keeps.
     max_batch_size: sequences at once, each in a slot of its own. max_sequence_tokens: longest prompt plus answer; None:
         the model's positions.
-    cache_tokens: places in the cache, in whole pages, for all sequences at once; None: max_batch_size times
+    cache_tokens: places in the cache, in whole blocks, for all sequences at once; None: max_batch_size times
         max_sequence_tokens. Its size is `cache.kv_bytes`.
     prefill_chunk: tokens of a prefill step, shared by the prompts admitted together.
     compile: decode steps run norms, RoPE and the like as few kernels, made by torch.compile at the first step and once
         more when another number of slots comes up (see `Llama.forward`); None: where steps are CUDA graphs.
 
-    Prompts are admitted in order, between decode steps, as soon as a slot is free and the pages of prompt and longest
+    Prompts are admitted in order, between decode steps, as soon as a slot is free and the blocks of prompt and longest
     answer are. On a GPU the decode steps of "quest" and "dense" replay CUDA graphs, captured when a number of slots and
     kind of step first come up and kept for later calls: sequences come and go without a new capture.
 
@@ -65,9 +65,9 @@ class Generator:
                 f"max_sequence_tokens {max_sequence_tokens} is more than this model's {config.max_position_embeddings} "
                 "positions"
             )
-        num_blocks = max_batch_size * -(-max_sequence_tokens // quest.page_size)
+        num_blocks = max_batch_size * -(-max_sequence_tokens // quest.block_size)
         if cache_tokens is not None:
-            num_blocks = -(-check_int("cache_tokens", cache_tokens, 1) // quest.page_size)
+            num_blocks = -(-check_int("cache_tokens", cache_tokens, 1) // quest.block_size)
         self.model, self.quest, self.prefill_chunk = model, quest, prefill_chunk
         self.max_batch_size, self.max_sequence_tokens = max_batch_size, max_sequence_tokens
         self.cache = PagedKVCache(
@@ -76,6 +76,7 @@ class Generator:
             config.head_dim,
             num_blocks=num_blocks,
             page_size=quest.page_size,
+            pages_per_block=quest.block_size // quest.page_size,
             dtype=model.dtype,
             device=model.device,
             metadata_dtype=quest.metadata_dtype,
@@ -112,7 +113,7 @@ class Generator:
     ) -> list[Generation]:
         """Continues each prompt by up to `max_new_tokens` tokens; one Generation a prompt, in order.
 
-        prompts: any number; those that find no slot or too few free pages wait for others to end.
+        prompts: any number; those that find no slot or too few free blocks wait for others to end.
         temperature 0 is greedy; else tokens are drawn from the most likely ones that hold top_p of the probability.
         seed: prompts[i] draws with seed + i (modulo 2**64), as it would alone with that seed; None: a fresh one.
         stop_tokens: None: the model's end tokens; (): none. on_token(index of the prompt, token) sees each token as it
@@ -126,7 +127,7 @@ class Generator:
         that can never fit the cache with its longest answer, token ids outside the vocabulary, and sampling settings
         out of range; TypeError for prompts that are not lists of ints, and for stop_tokens or a seed that are no ints.
         """
-        limits, pages = self._check(prompts, max_new_tokens)
+        limits, blocks = self._check(prompts, max_new_tokens)
         stops = self.model.config.eos_token_ids if stop_tokens is None else stop_tokens
         if not (isinstance(stops, Collection) and all(isinstance(token, int) for token in stops)):
             raise TypeError(f"stop_tokens must be None or a collection of token ids (int), got {stops!r}")
@@ -137,7 +138,7 @@ class Generator:
             stops=stops,
             on_token=on_token,
             progress=progress,
-            batch=Batch(self.cache, pages, slots=min(len(prompts), self.max_batch_size)),
+            batch=Batch(self.cache, blocks, slots=min(len(prompts), self.max_batch_size)),
             noise=[torch.Generator(self.model.device).manual_seed((seed + i) % 2**64) for i in range(len(prompts))],
             results=[Generation() for _ in prompts],
             watch=Watch(self.attention) if profile_attention or record_pages else None,
@@ -156,14 +157,14 @@ class Generator:
                 call.batch.release(slot)
 
     def _check(self, prompts: list[list[int]], max_new_tokens: int) -> tuple[list[int], list[int]]:
-        """Returns the most new tokens of each prompt, and the most pages that it can come to hold."""
+        """Returns the most new tokens of each prompt, and the most blocks that it can come to hold."""
         check_int("max_new_tokens", max_new_tokens, 1)
         if not isinstance(prompts, (list, tuple)):
             raise TypeError(f"prompts must be a list of lists of token ids, got {type(prompts).__name__}")
         if not prompts:
             raise ValueError("prompts must be at least one list of token ids, got none")
-        vocab_size, page_size = self.model.config.vocab_size, self.quest.page_size
-        limits, pages = [], []
+        vocab_size, block_size = self.model.config.vocab_size, self.cache.block_size
+        limits, blocks = [], []
         for index, prompt in enumerate(prompts):
             if not (isinstance(prompt, (list, tuple)) and all(isinstance(token, int) for token in prompt)):
                 raise TypeError(f"prompts[{index}] must be a list of token ids (int), got {str(prompt)[:40]!r}")
@@ -178,14 +179,14 @@ class Generator:
             # The last token needs no place in the cache.
             limits.append(min(max_new_tokens, self.max_sequence_tokens - len(prompt) + 1))
             places = len(prompt) + limits[-1] - 1
-            pages.append(-(-places // page_size))
-            if pages[-1] > self.cache.free_blocks:
+            blocks.append(-(-places // block_size))
+            if blocks[-1] > self.cache.free_blocks:
                 raise ValueError(
-                    f"prompts[{index}] of {len(prompt)} tokens and {limits[-1]} new ones need {pages[-1]} pages of "
-                    f"{page_size} tokens and can never fit: the cache has {self.cache.free_blocks} free of "
+                    f"prompts[{index}] of {len(prompt)} tokens and {limits[-1]} new ones need {blocks[-1]} blocks of "
+                    f"{block_size} tokens and can never fit: the cache has {self.cache.free_blocks} free of "
                     f"{self.cache.num_blocks} (cache_tokens)"
                 )
-        return limits, pages
+        return limits, blocks
 
     def _prefill(self, call: Call, slots: list[int]) -> None:
         """Reads the prompts that have just entered these slots, and takes their first tokens."""
