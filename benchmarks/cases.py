@@ -31,8 +31,8 @@ class Pages:
         return math.ceil(RECENT_TOKENS / self.size)
 
 
-LIKELY_DEFAULT = Pages(8, eight_bit=True)  # as many bytes as pages of 16 in 16 bits
-MAIN_PAGES = (Pages(16), Pages(16, eight_bit=True), LIKELY_DEFAULT)
+DEFAULT_PAGES = Pages(8, eight_bit=True)  # as many bytes as pages of 16 in 16 bits
+MAIN_PAGES = (Pages(16), Pages(16, eight_bit=True), DEFAULT_PAGES)
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ CASES = [
     Case("gqa8-b32-ragged", ragged_lengths(32, 1024, 65536, 460_000)),
 ]
 
-_BASE = replace(_gqa8(32), pages=(Pages(16), LIKELY_DEFAULT))
+_BASE = replace(_gqa8(32), pages=(Pages(16), DEFAULT_PAGES))
 EXTRA_CASES = [
     replace(_BASE, name="gqa8-1m-b1", lengths=(2**20,)),
     replace(_BASE, name="gqa8-32k-b1-nhd", layout="NHD"),
@@ -231,7 +231,7 @@ EXTRA_CASES = [
 ]
 
 _SMALL = Case(
-    "cpu-4k-b1-fp32", (4096,), kv_heads=2, query_heads=8, pages=(Pages(16), LIKELY_DEFAULT), budget=512,
+    "cpu-4k-b1-fp32", (4096,), kv_heads=2, query_heads=8, pages=(Pages(16), DEFAULT_PAGES), budget=512,
     dtype=torch.float32,
 )  # fmt: skip
 QUICK_CASES = [

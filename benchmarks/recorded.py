@@ -30,14 +30,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import exactness
 import record
 import torch
-from cases import LIKELY_DEFAULT, Case, Layers, Pages
+from cases import DEFAULT_PAGES, Case, Layers, Pages
 from recordings import QUERY_STRIDE, RecordedLayers, Recording, lengths_of, recordings_of
 from tasks import pieces, texts_of
 from timing import release_memory
 
 from quest_ops.llama.model import Llama
 
-PAGES = (Pages(16), replace(LIKELY_DEFAULT, bound="mean_std"))
+PAGES = (Pages(16), replace(DEFAULT_PAGES, bound="mean_std"))
 DTYPE = torch.bfloat16  # of the pools, whatever the model runs in
 TURNS = {"cuda": 3, "cpu": 1}
 DEFAULTS = {  # full, quick
