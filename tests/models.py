@@ -15,6 +15,19 @@ def pages_of_16(**settings) -> QuestConfig:
     return QuestConfig(**{"page_size": 16, "bound": "minmax", "metadata_dtype": None} | settings)
 
 
+def small_config(**settings) -> LlamaConfig:
+    """A decoder of two query heads a KV head with 512 positions, small enough to run in a blink."""
+    sizes = {
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    return LlamaConfig(model_type="llama", head_dim=64, max_position_embeddings=512, **sizes | settings)
+
+
 def random_checkpoint(config: LlamaConfig, dtype: torch.dtype) -> Checkpoint:
     torch.manual_seed(0)
     weights = {

@@ -4,23 +4,12 @@ import itertools
 
 import pytest
 import torch
-from models import random_llama
+from models import random_llama, small_config
 
 from quest_ops import QuestConfig
 from quest_ops.calibration import calibrate, head_errors, share_out
-from quest_ops.llama.config import LlamaConfig
 
-CONFIG = LlamaConfig(
-    model_type="llama",
-    vocab_size=100,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=64,
-    max_position_embeddings=512,
-)
+CONFIG = small_config(vocab_size=100)
 QUEST = QuestConfig(page_size=8, token_budget=64, sink_tokens=8, recent_tokens=8, bound="mean_std")
 SIZES = {"context": 180, "windows": 2, "steps": 20}
 

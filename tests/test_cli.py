@@ -10,13 +10,12 @@ import sys
 
 import pytest
 import torch
-from models import fetch_smollm2_or_skip, random_llama
+from models import fetch_smollm2_or_skip, random_llama, small_config
 
 from quest_ops import QuestConfig, cli, demo, info, inspection_report
 from quest_ops.commands import generate as generate_command
 from quest_ops.head_budgets import HeadBudgets
 from quest_ops.info import Device, System
-from quest_ops.llama.config import LlamaConfig
 from quest_ops.llama.model import WEIGHTS
 
 H100 = Device(0, "NVIDIA H100", (9, 0), 80 * 2**30)
@@ -522,17 +521,7 @@ def test_the_picture_counts_heads_and_ignores_padding():
 
 
 def test_an_answer_is_timed_and_its_pages_recorded(device):
-    config = LlamaConfig(
-        model_type="llama",
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=64,
-        max_position_embeddings=512,
-    )
+    config = small_config(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
     model = random_llama(config, torch.bfloat16, device)
 
     class Letters:

@@ -4,25 +4,14 @@ import dataclasses
 
 import pytest
 import torch
-from models import pages_of_16, random_llama
+from models import pages_of_16, random_llama, small_config
 
 from quest_ops import QuestConfig, inspection
 from quest_ops.inspection import inspect_prompt
 from quest_ops.inspection_report import budget_of
-from quest_ops.llama.config import LlamaConfig
 from quest_ops.llama.generate import Generator
 
-CONFIG = LlamaConfig(
-    model_type="llama",
-    vocab_size=128,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=64,
-    max_position_embeddings=512,
-)
+CONFIG = small_config()
 STEPS = 6
 
 
