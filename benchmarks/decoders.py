@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
 import quest_ops
-from quest_ops import PagedKVCache, QuestAttention, QuestConfig
+from quest_ops import QuestAttention, QuestConfig
 from quest_ops.llama.config import LlamaConfig
 from quest_ops.llama.model import Llama
 from quest_ops.llama.weights import Checkpoint, expected_shapes
@@ -93,18 +93,8 @@ class FilledPool:
     def __init__(self, model: Llama, batch: int, context: int, quest: QuestConfig):
         config, device = model.config, model.device
         self.model, self.batch, self.context = model, batch, context
-        self.cache = cache = PagedKVCache(
-            config.num_hidden_layers,
-            config.num_key_value_heads,
-            config.head_dim,
-            num_blocks=batch * -(-context // quest.block_size),
-            page_size=quest.page_size,
-            pages_per_block=quest.block_size // quest.page_size,
-            dtype=model.dtype,
-            device=device,
-            metadata_dtype=quest.metadata_dtype,
-            max_sequence_tokens=context,
-        )
+        num_blocks = batch * -(-context // quest.block_size)
+        self.cache = cache = model.new_cache(quest, num_blocks, max_sequence_tokens=context)
         tokens = context - 1
         self.seqs = [cache.add() for _ in range(batch)]
         cache.extend_all(self.seqs, [tokens] * batch)

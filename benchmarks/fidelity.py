@@ -6,7 +6,7 @@ import torch
 from attend import Step
 from torch import Tensor
 
-from quest_ops.fidelity import compare, relative_error
+from quest_ops.fidelity import compare, relative_error, rounded
 
 
 class Probe(Step):
@@ -52,7 +52,3 @@ def summary(sums: Tensor, tokens: int, kinds: list[str]) -> dict:
         "error_by_head": rounded(relative_error(error, norm, 0)),
         "mass_by_head": rounded(mass.mean(0)),
     }
-
-
-def rounded(numbers: Tensor) -> list:
-    return numbers.mul(1e4).round().div(1e4).tolist()

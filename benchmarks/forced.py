@@ -116,12 +116,8 @@ class Documents:
 
     def _new_cache(self, config: QuestConfig) -> PagedKVCache:
         """An empty cache with the sequences 0, 1, ... of the documents."""
-        shape = self.model.config
-        cache = PagedKVCache(
-            shape.num_hidden_layers, shape.num_key_value_heads, shape.head_dim, self.num_blocks,
-            page_size=config.page_size, pages_per_block=BLOCK_SIZE // config.page_size, dtype=self.model.dtype,
-            device=self.model.device, metadata_dtype=config.metadata_dtype,
-        )  # fmt: skip
+        cache = self.model.new_cache(config, self.num_blocks)
+        assert cache.block_size == BLOCK_SIZE
         assert [cache.add() for _ in self.prefixes] == list(range(len(self.prefixes)))
         return cache
 

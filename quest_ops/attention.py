@@ -265,9 +265,32 @@ class QuestAttention:
         """page_ids [N, Hs, K] and page_counts [N, Hs] of a layer in a planned step that `uses_kept`; rows that do not
         keep theirs choose them with query [N, Hq, D] and the metadata as it is. The next such step writes over them."""
         if self.step_kind == "quest":
-            _, page_budgets = self.budgets_of(layer)
-            self.kept.choose(layer, query, self.request_table, self._choosing_lens, page_budgets, self._row_keeps)
+            # Of no tokens where a row keeps its pages: then its metadata is not read.
+            self.kept.replace(layer, self.choose_pages(layer, query, self._choosing_lens), self._row_keeps)
         return self.kept.lists(layer, len(query))
+
+    def choose_pages(self, layer: int, query: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
+        """page_ids [N, Hs, K], padded with -1, and page_counts [N, Hs], int32: what Quest chooses in a layer of the
+        planned decode step for query [N, Hq, D], by the metadata as it is, of the first seq_lens [N] int32 tokens."""
+        config = self.config
+        scores = ops.estimate_page_scores(
+            query,
+            self.cache.page_metadata(layer),
+            self.request_table,
+            seq_lens,
+            config.page_size,
+            config.head_reduction,
+        )
+        page_budget, page_budgets = self.budgets_of(layer)
+        return ops.select_topk_pages(
+            scores,
+            seq_lens,
+            config.page_size,
+            page_budget,
+            config.sink_pages,
+            config.recent_pages,
+            page_budgets=page_budgets,
+        )
 
     def _check_step(self, seqs: list[int | None], new_tokens: int | list[int]) -> list[int]:
         if not isinstance(seqs, (list, tuple)):

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from quest_ops.attention import MAX_ROWS_PER_REQUEST, QuestAttention
-from quest_ops.cache import PagedKVCache
 from quest_ops.config import QuestConfig, check_int
 from quest_ops.fidelity import Step, compare
 from quest_ops.llama.model import Llama
@@ -102,21 +101,9 @@ def head_errors(
 
     So a layer's errors add up over its heads to the square of its relative error.
     """
-    shape, longest = model.config, max(map(len, pieces))
-    cache = PagedKVCache(
-        shape.num_hidden_layers,
-        shape.num_key_value_heads,
-        shape.head_dim,
-        num_blocks=-(-longest // config.block_size),
-        page_size=config.page_size,
-        pages_per_block=config.block_size // config.page_size,
-        dtype=model.dtype,
-        device=model.device,
-        metadata_dtype=config.metadata_dtype,
-    )
-    exact = QuestAttention(
-        config, cache, shape.num_attention_heads, backend="dense", max_batch_size=1, max_sequence_tokens=longest
-    )
+    heads, longest = model.config.num_attention_heads, max(map(len, pieces))
+    cache = model.new_cache(config, -(-longest // config.block_size))
+    exact = QuestAttention(config, cache, heads, backend="dense", max_batch_size=1, max_sequence_tokens=longest)
     probe = _Probe(exact, budgets)
     done, total = 0, sum(map(len, pieces))
     with torch.inference_mode():

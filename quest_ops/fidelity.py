@@ -36,25 +36,7 @@ class Step:
         if self.attention.uses_kept:
             page_ids, page_counts = self.attention.kept_pages(layer, query)
             return page_ids.clone(), page_counts.clone()
-        config, seq_lens = self.config, self.attention.seq_lens
-        page_budget, page_budgets = self.attention.budgets_of(layer)
-        scores = ops.estimate_page_scores(
-            query,
-            self.cache.page_metadata(layer),
-            self.attention.request_table,
-            seq_lens,
-            config.page_size,
-            config.head_reduction,
-        )
-        return ops.select_topk_pages(
-            scores,
-            seq_lens,
-            config.page_size,
-            page_budget,
-            config.sink_pages,
-            config.recent_pages,
-            page_budgets=page_budgets,
-        )
+        return self.attention.choose_pages(layer, query, self.attention.seq_lens)
 
     def quest(self, layer: int, query: Tensor, page_budget: int | None = None) -> tuple[Tensor, Tensor]:
         """To the pages that Quest chooses: out and lse as of `exact`. page_budget: of each row; None: as planned."""
@@ -113,3 +95,8 @@ def compare(out: Tensor, lse: Tensor, exact: Tensor, exact_lse: Tensor) -> Tenso
 def relative_error(error: Tensor, norm: Tensor, over: int | tuple[int, ...]) -> Tensor:
     """The root of the sum of |out - exact|^2 over that of |exact|^2, both over the dimensions `over`."""
     return (error.sum(over) / norm.sum(over)).sqrt()
+
+
+def rounded(numbers: Tensor) -> float | list:
+    """To 4 decimals."""
+    return numbers.double().mul(1e4).round().div(1e4).tolist()

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from quest_ops.attention import QuestAttention
-from quest_ops.cache import PagedKVCache
 from quest_ops.config import QuestConfig, check_int
-from quest_ops.fidelity import Step, compare, relative_error
+from quest_ops.fidelity import Step, compare, relative_error, rounded
 from quest_ops.llama.model import Llama
 
 PREFILL_CHUNK = 512
@@ -84,11 +83,6 @@ def percentiles(values: Tensor) -> Tensor:
     return values.quantile(torch.tensor([0.1, 0.9], dtype=values.dtype), dim=0).T
 
 
-def rounded(numbers: Tensor) -> float | list:
-    """To 4 decimals."""
-    return numbers.double().mul(1e4).round().div(1e4).tolist()
-
-
 class Probe(Step):
     """For a decoder, one sequence a step: attends to the pages that Quest chooses, and notes them and what they miss.
 
@@ -146,17 +140,7 @@ def inspect_prompt(
             f"the prompt has {len(prompt)} tokens, and with {steps} new ones {total}; this model has "
             f"{config.max_position_embeddings} positions"
         )
-    cache = PagedKVCache(
-        config.num_hidden_layers,
-        config.num_key_value_heads,
-        config.head_dim,
-        num_blocks=-(-total // quest.block_size),
-        page_size=quest.page_size,
-        pages_per_block=quest.block_size // quest.page_size,
-        dtype=model.dtype,
-        device=model.device,
-        metadata_dtype=quest.metadata_dtype,
-    )
+    cache = model.new_cache(quest, -(-total // quest.block_size))
     attention = QuestAttention(
         replace(quest, dense_below=0), cache, config.num_attention_heads, max_batch_size=1, max_sequence_tokens=total
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quest_ops import ops
 from quest_ops.cache import PagedKVCache
 from quest_ops.config import QuestConfig
 
@@ -33,7 +32,7 @@ class KeptPages:
         max_batch_size: int,
     ) -> None:
         self.config, self.cache = config, cache
-        self.page_budget, self.dense_length = page_budget, dense_length
+        self.dense_length = dense_length
         heads = num_query_heads if config.head_reduction == "none" else cache.num_kv_heads
         lists = cache.num_layers, max_batch_size, heads
         self._page_ids = torch.full((*lists, page_budget), -1, dtype=torch.int32, device=cache.device)
@@ -61,35 +60,12 @@ class KeptPages:
             self._shown[b] = seq, sequence.rollbacks, length
         return keeps
 
-    def choose(
-        self,
-        layer: int,
-        query: Tensor,
-        block_table: Tensor,
-        choosing_lens: Tensor,
-        page_budgets: Tensor | None,
-        keeps: Tensor,
-    ) -> None:
-        """Writes the lists of the slots that do not keep theirs.
+    def replace(self, layer: int, chosen: tuple[Tensor, Tensor], keeps: Tensor) -> None:
+        """Writes what the slots have chosen that do not keep their pages.
 
-        query [B, Hq, D]; block_table [B, max_blocks]; choosing_lens [B] int32: tokens of a row that chooses, 0 of one
-        that keeps, so that its metadata is not read; page_budgets: as `select_topk_pages` takes them; keeps [B] bool,
-        as planned.
+        chosen: page_ids and page_counts as of `lists`. keeps [B] bool: as planned.
         """
-        config = self.config
-        scores = ops.estimate_page_scores(
-            query, self.cache.page_metadata(layer), block_table, choosing_lens, config.page_size, config.head_reduction
-        )
-        chosen = ops.select_topk_pages(
-            scores,
-            choosing_lens,
-            config.page_size,
-            self.page_budget,
-            config.sink_pages,
-            config.recent_pages,
-            page_budgets=page_budgets,
-        )
-        page_ids, page_counts = self.lists(layer, len(query))
+        page_ids, page_counts = self.lists(layer, len(keeps))
         torch.where(keeps[:, None, None], page_ids, chosen[0], out=page_ids)
         torch.where(keeps[:, None], page_counts, chosen[1], out=page_counts)
 

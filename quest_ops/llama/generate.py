@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from quest_ops.attention import QuestAttention
-from quest_ops.cache import PagedKVCache
 from quest_ops.config import QuestConfig, check_int
 
 from .batch import Batch, Call, Generation, split_prompts
@@ -70,18 +69,7 @@ class Generator:
             num_blocks = -(-check_int("cache_tokens", cache_tokens, 1) // quest.block_size)
         self.model, self.quest, self.prefill_chunk = model, quest, prefill_chunk
         self.max_batch_size, self.max_sequence_tokens = max_batch_size, max_sequence_tokens
-        self.cache = PagedKVCache(
-            config.num_hidden_layers,
-            config.num_key_value_heads,
-            config.head_dim,
-            num_blocks=num_blocks,
-            page_size=quest.page_size,
-            pages_per_block=quest.block_size // quest.page_size,
-            dtype=model.dtype,
-            device=model.device,
-            metadata_dtype=quest.metadata_dtype,
-            max_sequence_tokens=max_sequence_tokens,
-        )
+        self.cache = model.new_cache(quest, num_blocks, max_sequence_tokens=max_sequence_tokens)
         self.attention = QuestAttention(
             quest,
             self.cache,

@@ -1,4 +1,4 @@
-"""A dense Llama, Mistral, Qwen2 or Qwen3 decoder over packed tokens. Attention and its cache are the caller's."""
+"""A dense Llama, Mistral, Qwen2 or Qwen3 decoder over packed tokens. Attention is the caller's."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from quest_ops.cache import PagedKVCache
+from quest_ops.config import QuestConfig
 
 from .config import LlamaConfig
 from .quantized import QUANTIZED
@@ -133,6 +136,22 @@ class Llama(nn.Module):
         if last is not None:
             x = x[last]
         return self.lm_head(self.norm(x)).float()
+
+    def new_cache(self, quest: QuestConfig, num_blocks: int, *, max_sequence_tokens: int | None = None) -> PagedKVCache:
+        """An empty cache for this model, on its device and in its dtype, with the pages and metadata of a config in
+        blocks of `quest.block_size` tokens. The others: as of PagedKVCache."""
+        return PagedKVCache(
+            self.config.num_hidden_layers,
+            self.config.num_key_value_heads,
+            self.config.head_dim,
+            num_blocks,
+            page_size=quest.page_size,
+            pages_per_block=quest.block_size // quest.page_size,
+            dtype=self.dtype,
+            device=self.device,
+            metadata_dtype=quest.metadata_dtype,
+            max_sequence_tokens=max_sequence_tokens,
+        )
 
     @property
     def dtype(self) -> torch.dtype:
