@@ -1,7 +1,7 @@
 """Times one decode step of the reference decoder, from token to greedy token, with each kind of attention in turn.
 
     python benchmarks/end_to_end.py --json benchmarks/results/end_to_end-h100.json --figure end_to_end.png
-    python benchmarks/end_to_end.py --model llama-2-7b --weights int4 --metadata 16 8 --dense-layers 0 2
+    python benchmarks/end_to_end.py --model llama-2-7b --weights int4 --policy minmax-8bit default --dense-layers 0 2
     python benchmarks/end_to_end.py --quick --json benchmarks/results/end_to_end-cpu.json
 
 Attention is Quest, this library's dense paged attention, FlashInfer's (on a GPU, where installed) or torch's SDPA on
@@ -11,6 +11,9 @@ one CUDA graph (median of 20 replays; planning, which the host does while the GP
 operations compiled for each batch size; on the CPU it is plain calls, planning included, and the fastest of 40. With
 --select-every N Quest chooses pages in every N-th step, for all sequences in the same one: the time is the mean of one
 step that chooses and N - 1 that do not (on a GPU of a graph of each kind).
+
+--policy says what Quest's pages are: "default" those of QuestConfig, 8 tokens and mean -+ standard deviation in 8 bits;
+"minmax" 16 tokens, minimum and maximum in the cache's dtype, as in the paper; "minmax-8bit" these in 8 bits.
 
 - ms: a step; tokens/s: batch over it.
 - attention: the share of ms that a step without attention does not need; weights: that of its matrix products, logits
@@ -39,7 +42,11 @@ from quest_ops.llama.model import Llama, default_dtype
 from quest_ops.llama.quantized import Int4Linear, Int8Linear
 
 WEIGHTS = ("fp32", *ROUNDED_WEIGHTS)
-METADATA = {"16": None, "8": torch.float8_e4m3fn}
+POLICIES = {
+    "default": {},
+    "minmax": {"page_size": 16, "bound": "minmax", "metadata_dtype": None},
+    "minmax-8bit": {"page_size": 16, "bound": "minmax", "metadata_dtype": torch.float8_e4m3fn},
+}
 ATTENTIONS = tuple(figures.ATTENTIONS)
 CONTEXTS = tuple(1024 * k for k in (8, 16, 32, 64, 128))
 QUICK_CONTEXTS = tuple(1024 * k for k in (2, 4, 8))
@@ -48,7 +55,7 @@ CHECK_BATCH, CHECK_CONTEXT = 2, 1000  # no multiple of a page
 TOLERANCE = {torch.bfloat16: 0.02, torch.float32: 1e-5}  # of an output, as peers.check_close takes it
 SHARES = "attention", "weights", "other"
 HEADER = (
-    f"{'case':24}{'weights':>8}  {'attention':40}{'ms':>9}{'tokens/s':>10}"
+    f"{'case':24}{'weights':>8}  {'attention':52}{'ms':>9}{'tokens/s':>10}"
     f"{''.join(f'{share:>11}' for share in SHARES)}{'ratio':>8}"
 )
 
@@ -117,13 +124,19 @@ def entries_of(attentions: list[str], quests: list[QuestConfig]) -> list[Entry]:
     return [("quest", quest) for quest in quests if "quest" in attentions] + others
 
 
+def pool_kind(quest: QuestConfig) -> tuple:
+    """What a pool is made by: attentions of equal kinds can take turns on one."""
+    return quest.page_size, quest.metadata_dtype, quest.bound, quest.bound_scale
+
+
 def paged_attentions(model: Llama, batch: int, context: int, entries: list[Entry]) -> dict[Entry, PagedAttention]:
-    """All on one pool for each dtype of metadata."""
+    """All on one pool for each kind."""
     pools, made = {}, {}
     for name, quest in entries:
-        if quest.metadata_dtype not in pools:
-            pools[quest.metadata_dtype] = FilledPool(model, batch, context, quest)
-        made[name, quest] = PagedAttention(pools[quest.metadata_dtype], name, quest)
+        kind = pool_kind(quest)
+        if kind not in pools:
+            pools[kind] = FilledPool(model, batch, context, quest)
+        made[name, quest] = PagedAttention(pools[kind], name, quest)
     return made
 
 
@@ -163,7 +176,7 @@ def times_of(model: Llama, batch: int, context: int, entries: list[Entry], compi
     times = measure([], alone=True)
     groups = defaultdict(list)  # one cache at a time, for the longest context that fits
     for name, quest in entries:
-        groups["sdpa" if name == "sdpa" else quest.metadata_dtype].append((name, quest))
+        groups["sdpa" if name == "sdpa" else pool_kind(quest)].append((name, quest))
     for group in groups.values():
         try:
             times |= measure(group, alone=False)
@@ -176,7 +189,7 @@ def times_of(model: Llama, batch: int, context: int, entries: list[Entry], compi
 
 def label(attention: str, quest: QuestConfig) -> str:
     metadata = "8" if quest.metadata_dtype else ""
-    return figures.label(attention, metadata, len(quest.dense_layers), quest.select_every)
+    return figures.label(attention, metadata, len(quest.dense_layers), quest.select_every, quest.page_size)
 
 
 def rows_of(model_name: str, weights: str, batch: int, context: int, times: dict) -> list[dict]:
@@ -188,7 +201,7 @@ def rows_of(model_name: str, weights: str, batch: int, context: int, times: dict
         {
             "case": f"{model_name}-{context / 1024:.3g}k-b{batch}", "model": model_name, "context": context,
             "batch": batch, "weights": weights, "budget": quest.token_budget, "dense_layers": len(quest.dense_layers),
-            "select_every": quest.select_every,
+            "select_every": quest.select_every, "page_size": quest.page_size, "bound": quest.bound,
             "metadata": "8" if quest.metadata_dtype else "32" if weights == "fp32" else "16", "attention": name,
             "ms": ms, "without_attention_ms": without, "products_ms": alone, "tokens_per_s": batch * 1e3 / ms,
             "attention_share": 1 - without / ms, "weights_share": alone / ms, "other_share": (without - alone) / ms,
@@ -200,10 +213,10 @@ def rows_of(model_name: str, weights: str, batch: int, context: int, times: dict
 
 def show(row: dict) -> None:
     ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
-    name = figures.label(row["attention"], row["metadata"], row["dense_layers"], row["select_every"])
+    name = figures.label_of(row)
     shares = "".join(f"{row[share + '_share']:11.0%}" for share in SHARES)
     times = f"{row['ms']:9.2f}{row['tokens_per_s']:10.1f}{shares}{ratio:>8}"
-    print(f"{row['case']:24}{row['weights']:>8}  {name:40}{times}", flush=True)
+    print(f"{row['case']:24}{row['weights']:>8}  {name:52}{times}", flush=True)
 
 
 def load(name: str, weights: str, device: str) -> Llama:
@@ -224,7 +237,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--weights", choices=WEIGHTS, help="default: bf16; on a CPU without its instructions fp32")
     parser.add_argument("--attention", nargs="+", choices=ATTENTIONS, help="default: all that run here")
     parser.add_argument("--budget", type=record.positive, metavar="TOKENS", help="of Quest; default: 2048")
-    parser.add_argument("--metadata", nargs="+", choices=METADATA, default=["16"], help="bits of Quest's page metadata")
+    parser.add_argument(
+        "--policy", nargs="+", choices=POLICIES, default=["default"], help="Quest's pages and what it keeps of them"
+    )
     parser.add_argument(
         "--dense-layers", nargs="+", type=record.natural, default=[0], metavar="N", help="first layers without Quest"
     )
@@ -252,20 +267,18 @@ def parse() -> argparse.Namespace:
     try:
         args.quests = [
             QuestConfig(
-                page_size=16,
-                bound="minmax",
                 token_budget=args.budget or (512 if args.quick else 2048),
                 dense_layers=tuple(range(dense_layers)),
-                metadata_dtype=METADATA[bits],
                 select_every=every,
+                **POLICIES[policy],
             )
-            for bits, dense_layers, every in product(args.metadata, args.dense_layers, args.select_every)
+            for policy, dense_layers, every in product(args.policy, args.dense_layers, args.select_every)
         ]
     except ValueError as error:
         parser.error(str(error))
-    page_size = args.quests[0].page_size
-    if uneven := [n for n in args.select_every if page_size % n]:
-        parser.error(f"--select-every must divide a page of {page_size} tokens, got {uneven[0]}")
+    if uneven := [quest for quest in args.quests if quest.page_size % quest.select_every]:
+        page_size, every = uneven[0].page_size, uneven[0].select_every
+        parser.error(f"--select-every must divide a page of {page_size} tokens, got {every}")
     if uneven := [n for n in args.context if n % max(args.select_every)]:
         parser.error(f"--context must be a multiple of --select-every, got {uneven[0]}")
     return args

@@ -27,12 +27,19 @@ LINES = {
 ATTENTIONS = {"quest": "tab:blue", "dense": "tab:green", "flashinfer": "tab:orange", "sdpa": "tab:brown"}
 
 
-def label(attention: str, metadata: str, dense_layers: int, select_every: int = 1) -> str:
+def label(attention: str, metadata: str, dense_layers: int, select_every: int = 1, page_size: int = 16) -> str:
     """What a row of end_to_end.py is called."""
     if attention != "quest":
         return attention
-    attention += ", 8-bit metadata" * (metadata == "8") + f", {dense_layers} dense layers" * (dense_layers > 0)
+    attention += ", 8-bit metadata" * (metadata == "8") + f", pages of {page_size}" * (page_size != 16)
+    attention += f", {dense_layers} dense layers" * (dense_layers > 0)
     return attention + f", select every {select_every}" * (select_every > 1)
+
+
+def label_of(row: dict) -> str:
+    """The label of a row in a file; older ones say nothing of select_every and page_size."""
+    later = row.get("select_every", 1), row.get("page_size", 16)
+    return label(row["attention"], row["metadata"], row["dense_layers"], *later)
 
 
 def draw(record: dict, path: Path) -> None:
@@ -125,24 +132,23 @@ def _break_even(rows: list[dict]) -> list[tuple]:
 def _end_to_end(rows: list[dict]) -> list[tuple]:
     """Milliseconds a token of each sequence against context, a panel for each model and batch."""
     panels = defaultdict(lambda: defaultdict(list))
-    for row in rows:
+    for row in sorted(rows, key=lambda row: list(ATTENTIONS).index(row["attention"])):
         shape = tuple(row[key] for key in ("model", "batch", "weights", "budget"))
-        kind = *(row[key] for key in ("attention", "metadata", "dense_layers")), row.get("select_every", 1)
-        panels[shape][kind].append((row["context"], row["ms"]))
+        panels[shape][label_of(row)].append(row)
 
-    def lines_of(found: dict) -> list[tuple]:
-        ordered = sorted(found, key=lambda kind: list(ATTENTIONS).index(kind[0]))
-        return [(label(*kind), found[kind], style(*kind)) for kind in ordered]
-
-    def style(attention: str, metadata: str, dense_layers: int, select_every: int) -> dict:
-        color, line = ATTENTIONS[attention], "-"
-        if attention == "quest":
-            color = "tab:red" if metadata == "8" else color
-            line = ":" if select_every > 1 else "--" if dense_layers else "-"
+    def style(row: dict) -> dict:
+        color, line = ATTENTIONS[row["attention"]], "-"
+        if row["attention"] == "quest":
+            color = color if row["metadata"] != "8" else "tab:red" if row.get("page_size", 16) == 16 else "tab:pink"
+            line = ":" if row.get("select_every", 1) > 1 else "--" if row["dense_layers"] else "-"
         return {"color": color, "marker": "o", "linestyle": line}
 
     return [
-        (f"{model}, batch {batch}, {weights}, budget {budget}", "milliseconds a token", lines_of(found))
+        (
+            f"{model}, batch {batch}, {weights}, budget {budget}",
+            "milliseconds a token",
+            [(name, [(r["context"], r["ms"]) for r in same], style(same[0])) for name, same in found.items()],
+        )
         for (model, batch, weights, budget), found in sorted(panels.items())
     ]
 

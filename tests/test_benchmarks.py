@@ -182,7 +182,7 @@ def small_decoder(bench, name):
 @torch.inference_mode()
 def test_all_attentions_are_compared_in_every_layer_before_they_are_timed(bench, name, monkeypatch):
     model = small_decoder(bench, name)
-    quests = [pages_of_16(), pages_of_16(dense_layers=(0,)), pages_of_16(metadata_dtype=torch.float8_e4m3fn)]
+    quests = [pages_of_16(), pages_of_16(dense_layers=(0,)), QuestConfig()]
     entries = bench.end_to_end.entries_of(["quest", "dense", "sdpa"], quests)
     assert len(entries) == 5
     bench.end_to_end.check(model, entries)
@@ -195,6 +195,18 @@ def test_all_attentions_are_compared_in_every_layer_before_they_are_timed(bench,
     monkeypatch.setattr(bench.end_to_end, "PagedAttention", Wrong)
     with pytest.raises(RuntimeError, match="quest attention, layer 1 is wrong"):
         bench.end_to_end.check(model, entries)
+
+
+@torch.inference_mode()
+def test_attentions_share_a_pool_where_pages_and_metadata_agree(bench):
+    quests = [
+        pages_of_16(), pages_of_16(dense_layers=(0,)), pages_of_16(metadata_dtype=torch.float8_e4m3fn),
+        QuestConfig(), QuestConfig(select_every=2), QuestConfig(page_size=16),
+    ]  # fmt: skip
+    entries = bench.end_to_end.entries_of(["quest", "dense"], quests)
+    made = bench.end_to_end.paged_attentions(small_decoder(bench, "qwen2.5-7b"), 1, 32, entries)
+    pools = [made[entry].pool for entry in entries]
+    assert [pools.index(pool) for pool in pools] == [0, 0, 2, 3, 3, 5, 0]
 
 
 @torch.inference_mode()
@@ -218,24 +230,26 @@ def test_both_caches_hold_the_same_tokens_after_a_step(bench):
                 torch.testing.assert_close(held[blocks].flatten(0, 1)[:100], expected[b], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("n", [4, 8])  # 8: a page
 @torch.inference_mode()
-def test_a_timed_cycle_chooses_pages_once_and_the_pool_serves_others_at_any_point(bench):
+def test_a_timed_cycle_chooses_pages_once_and_the_pool_serves_others_at_any_point(bench, n):
     model, (batch, context) = small_decoder(bench, "qwen2.5-7b"), (2, 192)
     quest = QuestConfig(token_budget=96, dense_below=0)
     pool = bench.decoders.FilledPool(model, batch, context, quest)
-    every_step, every_fourth = (
-        bench.decoders.PagedAttention(pool, "quest", dataclasses.replace(quest, select_every=n)) for n in (1, 4)
+    every_step, every_nth = (
+        bench.decoders.PagedAttention(pool, "quest", dataclasses.replace(quest, select_every=every)) for every in (1, n)
     )
-    assert (every_step.cycle, every_fourth.cycle) == (1, 4)
-    for lefts in ((3, 2, 1, 0), (3, 2, 1, 0), (3, 2)):  # on a GPU a cycle is left in its second step
+    assert (every_step.cycle, every_nth.cycle) == (1, n)
+    whole = list(range(n - 1, -1, -1))
+    for lefts in (whole, whole, whole[:2]):  # on a GPU a cycle is left in its second step
         kinds = []
         for left in lefts:
-            every_fourth.plan(left)
-            bench.end_to_end.greedy_step(model, every_fourth, batch, context)
-            kinds.append(every_fourth.attention.step_kind)
+            every_nth.plan(left)
+            bench.end_to_end.greedy_step(model, every_nth, batch, context)
+            kinds.append(every_nth.attention.step_kind)
             assert pool.cache.length(pool.seqs[1]) == context - left
-        assert kinds == ["quest", "reuse", "reuse", "reuse"][: len(lefts)]
-    for attention in (every_step, every_fourth):
+        assert kinds == ["quest"] + ["reuse"] * (len(lefts) - 1)
+    for attention in (every_step, every_nth):
         for _ in range(2):
             attention.plan()
             assert attention.attention.step_kind == "quest" and pool.cache.length(pool.seqs[1]) == context
@@ -244,16 +258,19 @@ def test_a_timed_cycle_chooses_pages_once_and_the_pool_serves_others_at_any_poin
 def test_the_ratio_is_to_flashinfer_where_there_and_the_shares_add_up(bench):
     wide = pages_of_16()
     narrow = pages_of_16(metadata_dtype=torch.float8_e4m3fn, dense_layers=(0, 1), select_every=4)
-    times = {("quest", wide): 10.0, ("quest", narrow): 8.0, ("flashinfer", wide): 30.0, ("sdpa", wide): 40.0}
+    times = {("quest", wide): 10.0, ("quest", narrow): 8.0, ("quest", QuestConfig()): 9.0}
+    times |= {("flashinfer", wide): 30.0, ("sdpa", wide): 40.0}
     for absent, ratio in (((), 3.0), (("flashinfer",), 4.0), (("flashinfer", "sdpa"), None)):
         present = {entry: ms for entry, ms in times.items() if entry[0] not in absent}
         rows = bench.end_to_end.rows_of("m", "int4", 4, 8192, {**present, "without": 5.0, "products": 4.0})
         assert rows[0]["case"] == "m-8k-b4" and rows[0]["ratio"] == ratio and rows[0]["tokens_per_s"] == 400
         assert [rows[0][f"{part}_share"] for part in bench.end_to_end.SHARES] == pytest.approx([0.5, 0.4, 0.1])
-        kinds = "attention", "metadata", "dense_layers", "select_every"
-        names = [bench.figures.label(*(row[key] for key in kinds)) for row in rows]
+        names = [bench.figures.label_of(row) for row in rows]
         assert names[:2] == ["quest", "quest, 8-bit metadata, 2 dense layers, select every 4"]
-        assert len(names) == len(present)
+        assert names[2] == "quest, 8-bit metadata, pages of 8" and len(names) == len(present)
+        assert [(row["page_size"], row["bound"]) for row in rows[1:3]] == [(16, "minmax"), (8, "mean_std")]
+        older = {key: rows[0][key] for key in ("attention", "metadata", "dense_layers")}
+        assert bench.figures.label_of(older) == names[0]
 
 
 @pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
@@ -280,16 +297,17 @@ def smollm2():
 def test_quick_end_to_end_run_writes_rows_and_a_figure(smollm2, tmp_path):
     pytest.importorskip("matplotlib")
     files = "--json", tmp_path / "e.json", "--figure", tmp_path / "e.png"
-    settings = "--weights", "int8", "--metadata", "8", "--dense-layers", "2", "--select-every", "1", "2"
+    settings = "--weights", "int8", "--dense-layers", "2", "--select-every", "1", "2"
     settings = *settings, "--attention", "sdpa", "quest"
     done = run_script("end_to_end.py", "--quick", "--context", "1024", *settings, *files)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "e.json").read_text())
     assert {"gpu", "torch", "command", "csrc_tree", "threads", "rows"} <= set(record)
-    assert sorted((r["attention"], r["metadata"], r["dense_layers"], r["select_every"]) for r in record["rows"]) == [
-        ("quest", "8", 2, 1),
-        ("quest", "8", 2, 2),
-        ("sdpa", "8", 2, 1),
+    keys = "attention", "page_size", "bound", "metadata", "dense_layers", "select_every"
+    assert sorted(tuple(row[key] for key in keys) for row in record["rows"]) == [
+        ("quest", 8, "mean_std", "8", 2, 1),
+        ("quest", 8, "mean_std", "8", 2, 2),
+        ("sdpa", 8, "mean_std", "8", 2, 1),
     ]
     for row in record["rows"]:
         ms, without, products = (row[name] for name in ("ms", "without_attention_ms", "products_ms"))
@@ -305,13 +323,13 @@ def test_quick_end_to_end_run_writes_rows_and_a_figure(smollm2, tmp_path):
     [
         ((), "needs a CUDA device; --quick times SmolLM2 on the CPU"),
         (("--quick", "--attention", "flashinfer"), "--attention flashinfer needs a CUDA device"),
-        (("--quick", "--budget", "32"), "at least 96"),
+        (("--quick", "--budget", "32"), "at least 88"),
         (("--quick", "--dense-layers", "-1"), "must be 0 or more, got -1"),
         (
-            ("--quick", "--select-every", "17"),
-            "select_every must be 1 to page_size = 16, got 17: a page's first token always chooses pages",
+            ("--quick", "--policy", "minmax", "default", "--select-every", "16"),
+            "select_every must be 1 to page_size = 8, got 16: a page's first token always chooses pages",
         ),
-        (("--quick", "--select-every", "1", "3"), "--select-every must divide a page of 16 tokens, got 3"),
+        (("--quick", "--select-every", "1", "3"), "--select-every must divide a page of 8 tokens, got 3"),
         (
             ("--quick", "--select-every", "8", "--context", "2044"),
             "--context must be a multiple of --select-every, got 2044",
