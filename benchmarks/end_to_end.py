@@ -34,7 +34,7 @@ import record
 import torch
 from decoders import SHAPES, ContiguousAttention, FilledPool, NoAttention, PagedAttention, random_decoder
 from peers import check_close, flashinfer_module, note
-from timing import graph_us, steps_us
+from timing import graph_us, release_memory, steps_us
 
 from quest_ops import QuestConfig
 from quest_ops.llama.model import WEIGHTS as ROUNDED_WEIGHTS
@@ -183,7 +183,7 @@ def times_of(model: Llama, batch: int, context: int, entries: list[Entry], compi
         except torch.OutOfMemoryError:
             names = ", ".join(label(*entry) for entry in group)
             note(f"batch {batch}, context {context}: not enough memory for {names}")
-        torch.cuda.empty_cache()
+        release_memory()
     return times
 
 
