@@ -78,7 +78,8 @@ def draw(record: dict, path: Path) -> None:
         if kind is _end_to_end:
             axis.set_ylim(0, None)
         axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
+    for axis in axes[0] if kind is _end_to_end else axes[0][:1]:  # only there lines differ from panel to panel
+        axis.legend(fontsize=8)
     figure.suptitle(f"{record['gpu'] or record['cpu']}, torch {record['torch']}", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
@@ -137,11 +138,13 @@ def _end_to_end(rows: list[dict]) -> list[tuple]:
         panels[shape][label_of(row)].append(row)
 
     def style(row: dict) -> dict:
-        color, line = ATTENTIONS[row["attention"]], "-"
+        color, line, marker = ATTENTIONS[row["attention"]], "-", "o"
         if row["attention"] == "quest":
+            every = row.get("select_every", 1)
             color = color if row["metadata"] != "8" else "tab:red" if row.get("page_size", 16) == 16 else "tab:pink"
-            line = ":" if row.get("select_every", 1) > 1 else "--" if row["dense_layers"] else "-"
-        return {"color": color, "marker": "o", "linestyle": line}
+            line = ":" if every > 1 else "--" if row["dense_layers"] else "-"
+            marker = {1: "o", 2: "s", 4: "^"}.get(every, "x")
+        return {"color": color, "marker": marker, "linestyle": line}
 
     return [
         (
