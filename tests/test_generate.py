@@ -17,7 +17,7 @@ from quest_ops.llama.generate import Generator
 from quest_ops.llama.model import PARTS, Llama, default_dtype
 from quest_ops.llama.sampling import Sampler, keep_nucleus
 from quest_ops.llama.watch import kv_tokens_read
-from quest_ops.llama.weights import Checkpoint, load_checkpoint
+from quest_ops.llama.weights import Checkpoint
 
 CONFIG = LlamaConfig(
     model_type="llama",
@@ -348,12 +348,7 @@ def test_bad_generators_are_refused(model):
         make("smollm2")
 
 
-@pytest.fixture(scope="module")
-def smollm2():
-    return load_checkpoint("smollm2", dtype=torch.float32)
-
-
-def test_smollm2_agrees_with_transformers(smollm2):
+def test_smollm2_agrees_with_transformers(smollm2_checkpoint):
     transformers = pytest.importorskip("transformers")
     # The published config of SmolLM2-135M-Instruct, not what our reader made of the GGUF.
     config = transformers.LlamaConfig(
@@ -370,6 +365,7 @@ def test_smollm2_agrees_with_transformers(smollm2):
     )
     with torch.device("meta"):
         hf = transformers.LlamaForCausalLM(config)
+    smollm2 = smollm2_checkpoint
     state_dict = {**smollm2.state_dict, "lm_head.weight": smollm2.state_dict["model.embed_tokens.weight"]}
     hf.load_state_dict(state_dict, assign=True)
     hf.model.rotary_emb = type(hf.model.rotary_emb)(config)  # its buffers are not in a state dict

