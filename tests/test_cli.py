@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from models import fetch_smollm2_or_skip, random_llama, small_config
+from models import random_llama, small_config
 
 from quest_ops import QuestConfig, cli, demo, info, inspection_report
 from quest_ops.commands import generate as generate_command
@@ -110,25 +110,38 @@ def test_a_missing_pybind_module_is_named_and_no_problem():
     assert info.find_problems(without) == []
 
 
-def run(*arguments, stdin="", **environment):
+def run_process(*arguments, stdin="", **environment):
+    """In a process of its own, which takes seconds to import torch: for what depends on one."""
     command = [sys.executable, "-m", "quest_ops.cli", *map(str, arguments)]
     env = os.environ | environment
     return subprocess.run(command, check=False, capture_output=True, text=True, input=stdin, env=env)
 
 
+def run(capsys, *arguments):
+    """(exit code, stdout, stderr) of a command, in this process."""
+    capsys.readouterr()
+    return cli.main(list(map(str, arguments))), *capsys.readouterr()
+
+
+def assert_refused(result, message):
+    """result: (exit code, stdout, stderr) of a command that says in one line what is wrong; message: a pattern."""
+    code, out, error = result
+    assert (code, out, error.count("\n")) == (2, "", 1)
+    assert re.search(f"^quest-ops [a-z]+: error: .*{message}", error)
+
+
 def test_info_of_this_machine():
-    done = run("info")
+    done = run_process("info", QUEST_OPS_CPU_CAPABILITY="")
     problems = info.find_problems(info.inspect_system())
     assert done.returncode == (1 if problems else 0) and done.stderr == ""
     assert torch.__version__ in done.stdout
     assert all(problem in done.stdout for problem in problems)
+    assert re.search("CPU kernels: (avx512|avx2|plain)\n", done.stdout)
 
 
-def test_info_names_the_cpu_kernels_that_run():
-    assert "CPU kernels: plain" in run("info", QUEST_OPS_CPU_CAPABILITY="plain").stdout
-    chosen = run("info", QUEST_OPS_CPU_CAPABILITY="").stdout
-    assert re.search("CPU kernels: (avx512|avx2|plain)\n", chosen)
-    refused = run("info", QUEST_OPS_CPU_CAPABILITY="mmx").stdout
+def test_info_names_the_cpu_kernels_that_are_asked_for():
+    assert "CPU kernels: plain" in run_process("info", QUEST_OPS_CPU_CAPABILITY="plain").stdout
+    refused = run_process("info", QUEST_OPS_CPU_CAPABILITY="mmx").stdout
     assert re.search(
         'CPU kernels: .*QUEST_OPS_CPU_CAPABILITY is "mmx"; this machine and build support .*plain', refused
     )
@@ -178,8 +191,7 @@ GENERATE = ("--token-budget", 112, "--max-new-tokens", 12, "--device", "cpu", "-
 
 
 def generate(capsys, folder, *arguments):
-    code = cli.main(["generate", "--model", str(folder), *map(str, (*GENERATE, *arguments))])
-    return code, *capsys.readouterr()
+    return run(capsys, "generate", "--model", folder, *GENERATE, *arguments)
 
 
 def test_generate_writes_text_to_stdout_and_statistics_to_stderr(folder, capsys, tmp_path):
@@ -225,24 +237,23 @@ def test_a_seed_fixes_the_sample(folder, capsys):
     assert sample(1) == sample(1) != sample(2)
 
 
-def test_stdin_is_a_prompt_and_only_text_comes_out(folder):
-    done = run("generate", "--model", folder, *GENERATE, "--prompt-file", "-", stdin=PROMPT)
-    assert done.returncode == 0, done.stderr
-    assert "ms a token" in done.stderr and "ms a token" not in done.stdout
-
-
-def test_a_locale_does_not_change_what_is_read_nor_stop_what_is_written(folder):
-    arguments = ("generate", "--model", folder, *GENERATE)
-    given = run(*arguments, "--prompt", "caf\u00e9")
-    piped = run(*arguments, "--prompt-file", "-", stdin="caf\u00e9", PYTHONIOENCODING="ascii")
+def test_stdin_is_a_prompt_whatever_the_locale_and_only_text_comes_out(folder, capsys):
+    """A locale does not change what is read, nor stop what is written."""
+    _, given, _ = generate(capsys, folder, "--prompt", "caf\u00e9")
+    arguments = ("generate", "--model", folder, *GENERATE, "--prompt-file", "-")
+    piped = run_process(*arguments, stdin="caf\u00e9", PYTHONIOENCODING="ascii")
     assert piped.returncode == 0, piped.stderr
-    assert piped.stdout == re.sub(r"[^\x00-\x7f]", "?", given.stdout)
+    assert piped.stdout == re.sub(r"[^\x00-\x7f]", "?", given)
+    assert "ms a token" in piped.stderr
 
 
-def test_stdin_that_is_no_text_is_one_error(folder):
-    command = [sys.executable, "-m", "quest_ops.cli", "generate", "--model", str(folder), "--prompt-file", "-"]
-    done = subprocess.run(command, input=b"a\xff", capture_output=True)
-    assert done.returncode == 2 and b"stdin is not UTF-8 text" in done.stderr and done.stderr.count(b"\n") == 1
+def give_stdin(monkeypatch, content, encoding="utf-8"):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding=encoding))
+
+
+def test_stdin_that_is_no_text_is_one_error(folder, capsys, monkeypatch):
+    give_stdin(monkeypatch, b"a\xff")
+    assert_refused(generate(capsys, folder, "--prompt-file", "-"), "stdin is not UTF-8 text")
 
 
 def test_a_reader_that_has_enough_ends_it_quietly(folder):
@@ -287,10 +298,7 @@ def test_ctrl_c_ends_it_without_a_traceback(folder, when, monkeypatch, capsys):
     ],
 )
 def test_generate_errors_are_one_line(folder, capsys, arguments, message):
-    code, out, error = generate(capsys, folder, *arguments)
-    lines = [line for line in error.splitlines() if "error:" in line]
-    assert code == 2 and out == "" and len(lines) == 1
-    assert re.search(message, lines[0]) and error.splitlines() == lines
+    assert_refused(generate(capsys, folder, *arguments), message)
 
 
 def test_calibrated_budgets_are_written_and_read(folder, capsys, tmp_path):
@@ -298,9 +306,8 @@ def test_calibrated_budgets_are_written_and_read(folder, capsys, tmp_path):
     text.write_text("".join(chr(33 + i * i % 90) for i in range(900)))
     settings = "--token-budget", 112, "--recent-tokens", 16
     sizes = "--windows", 3, "--steps", 16, "--device", "cpu"  # 284 tokens and 16: the model's 300 positions
-    arguments = "calibrate", "--model", folder, "--text", text, *settings, *sizes, "--out", out
-    assert cli.main(list(map(str, arguments))) == 0
-    shown = capsys.readouterr().out
+    code, shown, _ = run(capsys, "calibrate", "--model", folder, "--text", text, *settings, *sizes, "--out", out)
+    assert code == 0
     assert "tokens for 2 heads, 112 on average\nerror of a layer's attention output after 284 tokens" in shown
     config = QuestConfig.with_head_budgets(out)
     assert (config.page_size, config.bound, config.bound_scale) == (8, "mean_std", 1.0)
@@ -309,19 +316,20 @@ def test_calibrated_budgets_are_written_and_read(folder, capsys, tmp_path):
     assert first + second == 224
 
     def generated(*budget):
-        arguments = "generate", "--model", folder, "--prompt", PROMPT, "--max-new-tokens", 4, "--device", "cpu"
-        return cli.main([*map(str, arguments), *map(str, budget)]), capsys.readouterr().err
+        arguments = "--prompt", PROMPT, "--max-new-tokens", 4, "--device", "cpu"
+        return run(capsys, "generate", "--model", folder, *arguments, *budget)
 
     shares = []
     for every in (1, 4):
-        code, statistics = generated("--head-budgets", out, "--select-every", every)
+        code, _, statistics = generated("--head-budgets", out, "--select-every", every)
         assert code == 0
         shares.append(int(re.search(r"(\d+)% of the KV", statistics)[1]))
     assert shares[1] < shares[0] < 100
-    assert generated("--head-budgets", text) == (2, f"quest-ops generate: error: {text} is no JSON file: "
-        "Expecting value: line 1 column 1 (char 0)\n")  # fmt: skip
+    message = r"text.txt is no JSON file: Expecting value: line 1 column 1 \(char 0\)$"
+    assert_refused(generated("--head-budgets", text), message)
     HeadBudgets("another", 8, 16, 64, "minmax", 1.0, 256, ((256, 256),)).save(out)
-    assert "config.head_budgets has 1 layers of 2 KV heads, the cache has 2 of 1" in generated("--head-budgets", out)[1]
+    message = "config.head_budgets has 1 layers of 2 KV heads, the cache has 2 of 1"
+    assert_refused(generated("--head-budgets", out), message)
     with pytest.raises(SystemExit):
         generated("--head-budgets", out, "--token-budget", 112)
     assert "not allowed with argument" in capsys.readouterr().err
@@ -360,18 +368,13 @@ def test_calibrate_errors_are_one_line(folder, capsys, tmp_path, monkeypatch, ar
     (tmp_path / "text.txt").write_text("a" * 900)
     (tmp_path / "latin.txt").write_bytes(b"\xff")
     given = "--model", folder, "--text", "text.txt", "--token-budget", 112, "--steps", 16, "--device", "cpu"
-    code = cli.main(["calibrate", *map(str, (*given, *arguments))])
-    out, error = capsys.readouterr()
-    assert code == 2 and out == "" and error.count("\n") == 1
-    assert error.startswith("quest-ops calibrate: error: ") and message in error
+    assert_refused(run(capsys, "calibrate", *given, *arguments), message)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latin.txt", "text.txt"]
 
 
-def test_an_error_has_no_traceback(tmp_path):
+def test_a_model_of_another_kind_is_one_error(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    done = run("generate", "--model", tmp_path, "--prompt", "A")
-    assert done.returncode == 2 and "gpt2" in done.stderr
-    assert done.stderr.count("\n") == 1 and done.stdout == ""
+    assert_refused(generate(capsys, tmp_path, "--prompt", "A"), "gpt2")
 
 
 @pytest.mark.parametrize("arguments", [[], ["paint"], ["generate"], ["generate", "--prompt", "A", "--attention", "no"]])
@@ -388,8 +391,7 @@ INSPECT = ("--token-budget", 112, "--new-tokens", 5, "--device", "cpu")
 def inspect(capsys, folder, tmp_path, *arguments, prompt=PROMPT):
     (tmp_path / "prompt.txt").write_text(prompt)
     given = ("--model", folder, "--prompt-file", tmp_path / "prompt.txt", "--out", tmp_path / "a/look", *INSPECT)
-    code = cli.main(["inspect", *map(str, (*given, *arguments))])
-    return code, *capsys.readouterr()
+    return run(capsys, "inspect", *given, *arguments)
 
 
 def test_inspect_draws_writes_and_prints(folder, tmp_path, capsys):
@@ -412,7 +414,7 @@ def test_inspect_draws_writes_and_prints(folder, tmp_path, capsys):
 
 
 def test_inspect_reads_stdin_and_takes_settings(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(PROMPT.encode()), encoding="ascii"))
+    give_stdin(monkeypatch, PROMPT.encode(), "ascii")
     settings = ("--prompt-file", "-", "--page-size", 16, "--bound", "cuboid", "--bound-scale", 2, "--metadata", 16)
     assert inspect(capsys, folder, tmp_path, *settings, prompt="Not this one")[0] == 0
     found = json.loads((tmp_path / "a/look/inspect.json").read_text())
@@ -437,10 +439,7 @@ def test_inspect_reads_stdin_and_takes_settings(folder, tmp_path, monkeypatch, c
 )
 def test_inspect_errors_are_one_line_and_leave_nothing(folder, tmp_path, arguments, message, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    code, out, error = inspect(capsys, folder, tmp_path, *arguments)
-    lines = [line for line in error.splitlines() if "error:" in line]
-    assert code == 2 and out == "" and len(lines) == 1 and error.splitlines() == lines
-    assert re.search(message, lines[0])
+    assert_refused(inspect(capsys, folder, tmp_path, *arguments), message)
     assert [file.name for file in tmp_path.iterdir()] == ["prompt.txt"]
 
 
@@ -459,17 +458,13 @@ def test_inspect_leaves_what_was_there_when_it_cannot_write(tmp_path, monkeypatc
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("a", b"old")]
 
 
-@pytest.fixture
-def smollm2():
-    return fetch_smollm2_or_skip()
-
-
 def test_the_demos_answer(smollm2, tmp_path, capsys):
     """SmolLM2 finds the key with both attentions; Quest reads two fifths of the KV cache."""
     out = tmp_path / "pages.png"
-    sizes = ("--tokens", 1500, "--token-budget", 512, "--new-tokens", demo.MIN_NEW_TOKENS)
-    assert cli.main(["demo", *map(str, sizes), "--out", str(out)]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
+    sizes = ("--tokens", 900, "--token-budget", 304, "--new-tokens", demo.MIN_NEW_TOKENS)
+    code, shown, _ = run(capsys, "demo", *sizes, "--out", out)
+    shown = " ".join(shown.split())
+    assert code == 0
     assert "the key is │ right │ right" in shown
     share = "37%" if "float32" in shown else "40%"  # 8 bits of metadata beside 32 or 16 of the cache
     assert f"KV bytes read │ 100% │ {share}" in shown
@@ -491,15 +486,11 @@ def test_the_demos_answer(smollm2, tmp_path, capsys):
 def test_demo_errors(smollm2, arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.txt").write_text("Too short")
-    assert cli.main(["demo", *map(str, arguments)]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("quest-ops demo: error: ") and message in error
+    assert_refused(run(capsys, "demo", *arguments), message)
 
 
-def test_the_key_lies_in_the_middle_of_the_prompt(smollm2):
-    from quest_ops.llama.weights import load_checkpoint
-
-    tokenizer = load_checkpoint(smollm2, dtype=torch.bfloat16).tokenizer
+def test_the_key_lies_in_the_middle_of_the_prompt(smollm2_checkpoint):
+    tokenizer = smollm2_checkpoint.tokenizer
     prompt = demo.make_prompt(tokenizer, demo.default_text(), 1500)
     assert len(prompt.tokens) == 1500
     assert tokenizer.decode(prompt.tokens).endswith(demo.QUESTION)
