@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 import types
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from models import fetch_smollm2_or_skip, pages_of_16, random_llama
+from models import pages_of_16, random_llama, small_config
 
 import quest_ops
 from quest_ops import PagedKVCache, QuestAttention, QuestConfig
@@ -118,16 +119,35 @@ def test_quest_of_public_parts_attends_to_the_pages_that_it_selects(bench, monke
     bench.peers.PublicQuest(bench.cases.Layers(case, "cpu"), tensor_cores=False).check()
 
 
-def run_script(name, *arguments):
-    command = [sys.executable, str(ROOT / "benchmarks" / name), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+@pytest.fixture
+def run_script(bench, monkeypatch, capfd):
+    """run_script(name, *arguments) -> subprocess.CompletedProcess of `python benchmarks/name arguments`, which runs in
+    this process: torch is there already."""
+
+    def run(name, *arguments):
+        command = [str(ROOT / "benchmarks" / name), *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", command)
+        capfd.readouterr()
+        code = 0
+        try:
+            runpy.run_path(command[0], run_name="__main__")
+        except SystemExit as stopped:
+            code = stopped.code or 0
+        out, error = capfd.readouterr()
+        if isinstance(code, str):  # Python writes it to stderr
+            code, error = 1, f"{error}{code}\n"
+        return subprocess.CompletedProcess(command, code, out, error)
+
+    return run
 
 
 def test_quick_run_on_the_cpu_writes_rows_and_a_figure(tmp_path):
+    """In a process of its own, as the scripts are run."""
     pytest.importorskip("matplotlib")
     files = "--json", tmp_path / "k.json", "--figure", tmp_path / "k.png"
-    done = run_script("kernels.py", "--quick", "--case", "cpu-4k-b1-fp32", *files)
+    command = [sys.executable, ROOT / "benchmarks/kernels.py", "--quick", "--case", "cpu-4k-b1-fp32", *files]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "k.json").read_text())
     assert {"gpu", "torch", "command", "csrc_tree", "rows"} <= set(record)
@@ -158,7 +178,7 @@ def test_both_figures_are_drawn_from_a_json(bench, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("arguments", [(), ("--extra",), ("--phases",)])
-def test_without_a_gpu_the_error_is_one_line(arguments):
+def test_without_a_gpu_the_error_is_one_line(run_script, arguments):
     done = run_script("kernels.py", *arguments)
     assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith("--quick times small cases on the CPU")
 
@@ -289,18 +309,21 @@ def test_the_products_are_those_of_a_step(bench, weights):
     assert sorted(calls) == sorted(step) and len(step) == 2 * 4 + 1  # two layers and the logits
 
 
-@pytest.fixture
-def smollm2():
-    fetch_smollm2_or_skip()
-
-
-def test_quick_end_to_end_run_writes_rows_and_a_figure(smollm2, tmp_path):
+def test_quick_end_to_end_run_writes_rows_and_a_figure(bench, monkeypatch, tmp_path):
+    """Of a small model, each step once: what it measures is not looked at here."""
     pytest.importorskip("matplotlib")
+
+    def load(source, *, dtype, weights, device):
+        return random_llama(small_config(max_position_embeddings=2048), dtype, device, weights), None
+
+    monkeypatch.setattr(bench.end_to_end.Llama, "load", load)
+    monkeypatch.setattr(bench.end_to_end, "CPU_TURNS", 1)
+    monkeypatch.setattr(bench.end_to_end, "CPU_PASSES", 1)
     files = "--json", tmp_path / "e.json", "--figure", tmp_path / "e.png"
     settings = "--weights", "int8", "--dense-layers", "2", "--select-every", "1", "2"
-    settings = *settings, "--attention", "sdpa", "quest"
-    done = run_script("end_to_end.py", "--quick", "--context", "1024", *settings, *files)
-    assert done.returncode == 0, done.stderr
+    settings = *settings, "--attention", "sdpa", "quest", *map(str, files)
+    monkeypatch.setattr(sys, "argv", ["end_to_end.py", "--quick", "--context", "1024", *settings])
+    bench.end_to_end.main()
     record = json.loads((tmp_path / "e.json").read_text())
     assert {"gpu", "torch", "command", "csrc_tree", "threads", "rows"} <= set(record)
     keys = "attention", "page_size", "bound", "metadata", "dense_layers", "select_every"
@@ -336,12 +359,12 @@ def test_quick_end_to_end_run_writes_rows_and_a_figure(smollm2, tmp_path):
         ),
     ],
 )
-def test_end_to_end_says_in_one_line_what_it_cannot_do(arguments, message):
+def test_end_to_end_says_in_one_line_what_it_cannot_do(run_script, arguments, message):
     done = run_script("end_to_end.py", *arguments)
     assert done.returncode != 0 and done.stderr.splitlines()[-1].endswith(message)
 
 
-def test_end_to_end_refuses_contexts_past_the_positions_of_a_checkpoint(smollm2):
+def test_end_to_end_refuses_contexts_past_the_positions_of_a_checkpoint(smollm2, run_script):
     done = run_script("end_to_end.py", "--quick", "--context", "9000")
     assert done.returncode != 0
     assert done.stderr.splitlines()[-1] == "--context 9000 is more than the 8192 positions of smollm2"
@@ -607,11 +630,11 @@ def test_budgets_by_head_stand_beside_the_named_policies_alone(bench, budgets_fi
     ]
 
 
-def test_quick_accuracy_run_writes_rows_and_a_figure(smollm2, tmp_path):
+def test_quick_accuracy_run_writes_rows_and_a_figure(smollm2, run_script, tmp_path):
     pytest.importorskip("matplotlib")
     files = "--json", tmp_path / "a.json", "--figure", tmp_path / "a.png"
     policies = "sink + recent", "mean_std 1, pages of 8, 8-bit"
-    settings = "--context", "400", "--budget", "128", "--policy", *policies
+    settings = "--context", "240", "--budget", "128", "--policy", *policies
     done = run_script("accuracy.py", "passkey", "--quick", *settings, *files)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "a.json").read_text())
@@ -627,8 +650,10 @@ def test_quick_accuracy_run_writes_rows_and_a_figure(smollm2, tmp_path):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_quick_fidelity_run_names_the_texts_and_draws_the_layers(smollm2, tmp_path):
+def test_quick_fidelity_run_names_the_texts_and_draws_the_layers(bench, run_script, monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
+    model = small_model(bench, vocab_size=256)
+    monkeypatch.setattr(bench.accuracy.Llama, "load", lambda *arguments, **options: (model, Bytes()))
     novel, json_file, figure = tmp_path / "novel.txt", tmp_path / "f.json", tmp_path / "f.png"
     novel.write_text("".join(f"Chapter {i}. It was the best of times.\n" for i in range(100)), encoding="utf-8")
     others = "sink + recent", "minmax", "mean_std 1"
@@ -645,13 +670,13 @@ def test_quick_fidelity_run_names_the_texts_and_draws_the_layers(smollm2, tmp_pa
     assert list(record["texts"]) == kinds and len(rows) == 4
     for row in rows.values():
         assert list(row["error_by_kind"]) == kinds and row["windows"] == 3 and 0 < row["mass"] < 1
-        assert [len(heads) for heads in row["error_by_head"]] == [9] * 30 and len(row["mass_by_layer"]) == 30
+        assert [len(heads) for heads in row["error_by_head"]] == [4] * 3 and len(row["mass_by_layer"]) == 3
     for name in others:
         assert rows["oracle"]["mass"] > rows[name]["mass"] and rows["oracle"]["error"] < rows[name]["error"]
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
-def test_texts_are_utf_8_and_have_names_of_their_own(bench, tmp_path):
+def test_texts_are_utf_8_and_have_names_of_their_own(run_script, bench, tmp_path):
     novel, code = tmp_path / "novel.txt", tmp_path / "code.txt"
     novel.write_bytes("Caf\u00e9".encode("latin-1"))
     code.write_text("x")
@@ -670,12 +695,12 @@ def test_texts_are_utf_8_and_have_names_of_their_own(bench, tmp_path):
         (("--quick", "--head-budgets", "nowhere.json"), "No such file or directory: 'nowhere.json'"),
     ],
 )
-def test_accuracy_says_in_one_line_what_it_cannot_do(arguments, message):
+def test_accuracy_says_in_one_line_what_it_cannot_do(run_script, arguments, message):
     done = run_script("accuracy.py", "perplexity", *arguments)
     assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith(message)
 
 
-def test_fidelity_is_not_of_policies_that_keep_pages():
+def test_fidelity_is_not_of_policies_that_keep_pages(run_script):
     done = run_script(
         "accuracy.py", "fidelity", "--quick", "--policy", "minmax", "mean_std 1, pages of 8, 8-bit, select every 2"
     )
@@ -685,7 +710,7 @@ def test_fidelity_is_not_of_policies_that_keep_pages():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_accuracy_without_a_gpu_names_the_quick_run():
+def test_accuracy_without_a_gpu_names_the_quick_run(run_script):
     done = run_script("accuracy.py", "passkey")
     assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith("--quick makes a small table on the CPU")
 
@@ -884,7 +909,7 @@ def test_recorded_fails_where_a_choice_is_wrong(bench, monkeypatch, tmp_path, ca
     assert len(printed.out.splitlines()) == 1 + len(rows)
 
 
-def test_quick_recorded_run_writes_rows(smollm2, tmp_path):
+def test_quick_recorded_run_writes_rows(smollm2, run_script, tmp_path):
     sizes = "--context", "512", "--budget", "256", "--batch", "2"
     done = run_script("recorded.py", "--quick", *sizes, "--json", tmp_path / "r.json")
     assert done.returncode == 0, done.stderr
@@ -909,12 +934,12 @@ def test_quick_recorded_run_writes_rows(smollm2, tmp_path):
         (("--quick", "--text", "nowhere.txt"), "--text: no such file: nowhere.txt"),
     ],
 )
-def test_recorded_says_in_one_line_what_it_cannot_do(arguments, message):
+def test_recorded_says_in_one_line_what_it_cannot_do(run_script, arguments, message):
     done = run_script("recorded.py", *arguments)
     assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith(message)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_recorded_without_a_gpu_names_the_quick_run():
+def test_recorded_without_a_gpu_names_the_quick_run(run_script):
     done = run_script("recorded.py")
     assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith("--quick runs one short document on the CPU")
