@@ -4,7 +4,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,12 +18,6 @@ EXAMPLE = ROOT / "examples/decode_loop.py"
 
 def test_the_example_is_the_file():
     assert re.findall(r"```python\n(.*?)```", README, re.DOTALL) == [EXAMPLE.read_text()]
-
-
-def test_the_example_runs():
-    done = subprocess.run([sys.executable, str(EXAMPLE)], check=False, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"dense: .* ms a token .* reads 100% .*\nquest: .* ms a token .* reads 1[0-9]%", done.stdout)
 
 
 COMMANDS = re.findall(r"^quest-ops (.*?)(?: +#.*)?$", README, re.MULTILINE)
