@@ -1,0 +1,180 @@
+"""The tables of accuracy.py: rows of how policies do beside dense attention, printed as they come."""
+
+import math
+import sys
+import time
+
+import torch
+from fidelity import Probe, summary
+from forced import MOST_SEQUENCES, Continuation, Documents
+from tasks import FILLER, Asker, pieces
+
+from quest_ops.llama.model import Llama
+from quest_ops.llama.tokenizer import Tokenizer
+
+SEED = 1
+Texts = dict[str, list[int]]  # tokens of each kind of text
+HEADER = f"{'policy':40}{'metadata':>9}{'context':>9}{'budget':>8}"
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def prefilled(model: Llama, documents: list[list[int]], tail: int) -> Documents:
+    started = time.perf_counter()
+
+    def progress(done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\rprefill: {done} of {total} tokens", end="\n" if done == total else "", file=sys.stderr)
+
+    made = Documents(model, documents, tail, progress)
+    note(f"{len(documents)} documents, {sum(map(len, documents))} tokens: {time.perf_counter() - started:.0f} s")
+    return made
+
+
+def settings_of(policy, budget: int, context: int) -> dict:
+    return {"policy": policy.name, "metadata": policy.metadata_bytes, "context": context, "budget": budget}
+
+
+def continued(args, model: Llama, start: list[int], texts: Texts, context: int):
+    """Prefilled documents, their continuations, and the kind of text of each."""
+    cut = context - len(start)
+    windows = pieces(texts, cut + args.tokens + 1, args.pieces)
+    documents = prefilled(model, [start + tokens[:cut] for _, tokens in windows], args.tokens + 1)
+    continuations = [Continuation(i, tokens[cut:]) for i, (_, tokens) in enumerate(windows)]
+    return documents, continuations, [kind for kind, _ in windows]
+
+
+def perplexity(args, model: Llama, tokenizer: Tokenizer, texts: Texts) -> list[dict]:
+    rows = []
+    for context in args.context:
+        documents, continuations, kinds = continued(args, model, tokenizer.encode(""), texts, context)
+
+        def losses(policy=None, budget=0, documents=documents, continuations=continuations) -> torch.Tensor:
+            return torch.stack([p.loss.double().mean() for p in documents.predict(policy, budget, continuations)])
+
+        dense = losses()
+        print(f"dense: {dense.mean():.4f} nats a token, {len(kinds)} windows of {args.tokens} tokens after {context}")
+        print(f"{HEADER}{'added loss':>12}{'+-':>8}{columns(dict.fromkeys(kinds))}")
+        for policy, budget in args.compared:
+            added = losses(policy, budget) - dense
+            row = settings_of(policy, budget, context) | {
+                "dense_loss": dense.mean().item(),
+                "added_loss": added.mean().item(),
+                "standard_error": added.std().item() / math.sqrt(len(added)),
+                "windows": len(added),
+                "tokens": args.tokens,
+                "added_by_kind": {k: added[[x == k for x in kinds]].mean().item() for k in dict.fromkeys(kinds)},
+            }
+            rows.append(row)
+            by_kind = {kind: f"{loss:.4f}" for kind, loss in row["added_by_kind"].items()}
+            show(row, f"{row['added_loss']:12.4f}{row['standard_error']:8.4f}{columns(by_kind)}")
+    return rows
+
+
+def fidelity(args, model: Llama, tokenizer: Tokenizer, texts: Texts) -> list[dict]:
+    rows = []
+    for context in args.context:
+        documents, continuations, kinds = continued(args, model, tokenizer.encode(""), texts, context)
+        print(f"{len(kinds)} windows of {args.tokens} tokens after {context}; by kind of text: error")
+        print(f"{HEADER}{'error':>12}{'+-':>8}{'mass':>8}{columns(dict.fromkeys(kinds))}")
+        for policy, budget in args.compared:
+            attention, sums = documents.attention_of(policy, budget), []
+            for first in range(0, len(continuations), MOST_SEQUENCES):
+                some = continuations[first : first + MOST_SEQUENCES]
+                probe = Probe(attention, policy.oracle, len(some))
+                documents.decode(attention, probe, some)
+                sums.append(probe.sums)
+            row = settings_of(policy, budget, context) | summary(torch.cat(sums, 1), args.tokens, kinds)
+            rows.append(row)
+            by_kind = {kind: f"{error:.3f}" for kind, error in row["error_by_kind"].items()}
+            show(row, f"{row['error']:12.3f}{row['standard_error']:8.3f}{row['mass']:8.3f}{columns(by_kind)}")
+    return rows
+
+
+def passkey(args, model: Llama, tokenizer: Tokenizer, texts: Texts) -> list[dict]:
+    rows = []
+    for context in args.context:
+        asker = Asker(tokenizer, context, SEED)
+        for _ in range(args.pieces):
+            asker.passkeys([("filler", filler(tokenizer, context))], args.depths)
+        asker.passkeys(pieces(texts, context, args.pieces), args.depths)
+        rows += found(args, model, asker)
+    return rows
+
+
+def needles(args, model: Llama, tokenizer: Tokenizer, texts: Texts) -> list[dict]:
+    rows = []
+    for context in args.context:
+        asker = Asker(tokenizer, context, SEED)
+        bodies = [("filler", filler(tokenizer, context))] * args.pieces
+        asker.needles(bodies + pieces(texts, context, args.pieces), args.depths)
+        asker.lookups(args.pieces, args.depths)
+        rows += found(args, model, asker)
+    return rows
+
+
+def filler(tokenizer: Tokenizer, context: int) -> list[int]:
+    line = tokenizer.encode(FILLER, add_special=False)
+    return line * (context // len(line) + 1)
+
+
+def found(args, model: Llama, asker: Asker) -> list[dict]:
+    """A row for each policy and budget: how many of the answers that dense attention gives it gives."""
+    continuations = [question.continuation for question in asker.questions]
+    documents = prefilled(model, asker.documents, max(len(c.tokens) for c in continuations))
+
+    def right(policy=None, budget=0) -> torch.Tensor:
+        predictions = documents.predict(policy, budget, continuations)
+        answers = [p.hit[-question.answer :].all() for p, question in zip(predictions, asker.questions)]
+        return torch.stack(answers)
+
+    dense, rows = right(), []
+    trials = int(dense.sum())
+    print(f"dense: {trials} of {len(dense)} after {asker.context} tokens")
+    if trials == 0:
+        note("dense attention answers nothing here, so there is nothing to compare")
+        return []
+    kinds = [question.kind for question in asker.questions]
+    depths = [f"{question.depth:.3g}" for question in asker.questions]
+    print(f"{HEADER}{'found':>10}{'of':>5}{columns(dict.fromkeys(kinds))}")
+    for policy, budget in args.compared:
+        kept = right(policy, budget)[dense].double()
+        by_kind, by_depth = (tally(kept, labels, dense) for labels in (kinds, depths))
+        row = settings_of(policy, budget, asker.context) | {
+            "found": kept.mean().item(),
+            "standard_error": math.sqrt(kept.mean().item() * (1 - kept.mean().item()) / trials),
+            "trials": trials,
+            "dense": [trials, len(dense)],
+            "found_by_kind": by_kind,
+            "found_by_depth": by_depth,
+        }
+        rows.append(row)
+        shares = {kind: f"{of_kind[0]}/{of_kind[1]}" for kind, of_kind in by_kind.items()}
+        show(row, f"{row['found']:10.0%}{trials:5}{columns(shares)}")
+    return rows
+
+
+def tally(kept: torch.Tensor, labels: list[str], dense: torch.Tensor) -> dict[str, list[int]]:
+    """Of each label how many answers are kept, and of how many; dense [questions] says which dense attention gives,
+    kept is of those alone."""
+    counts = {}
+    for label in dict.fromkeys(labels):
+        chosen = torch.tensor([x == label for x in labels])[dense]
+        counts[label] = [int(kept[chosen].sum()), int(chosen.sum())]
+    return counts
+
+
+def columns(by_kind: dict) -> str:
+    """A column for each kind of text, headed by its name; without values, the heads."""
+    return "".join(f"{kind if value is None else value:>{max(len(kind), 8) + 2}}" for kind, value in by_kind.items())
+
+
+def show(row: dict, result: str) -> None:
+    metadata = "-" if row["metadata"] is None else f"{row['metadata']:g}"
+    settings = f"{row['policy']:40}{metadata:>9}{row['context']:9}{row['budget']:8}"
+    print(settings + result, flush=True)
+
+
+TABLES = {"perplexity": perplexity, "passkey": passkey, "needles": needles, "fidelity": fidelity}
