@@ -22,6 +22,7 @@ Contexts beyond the model's positions need --rope, which stretches its rotary fr
 """
 
 import argparse
+import itertools
 import os
 from collections import Counter
 from pathlib import Path
@@ -32,7 +33,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import record
 import torch
 from longer import METHODS, lengthen
-from policies import POLICIES, Policy, calibrated
+from policies import NAMED, POLICIES, Policy, calibrated
 from tables import TABLES
 from tasks import KINDS, texts_of
 
@@ -80,8 +81,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--context", nargs="+", type=record.positive, metavar="TOKENS", help="of a document")
     parser.add_argument("--budget", nargs="+", type=record.positive, metavar="TOKENS")
     parser.add_argument(
-        "--policy", nargs="+", choices=[p.name for p in POLICIES], metavar="NAME",
-        help="default: all; with --quick those that choose pages in every step",
+        "--policy", nargs="+", choices=[p.name for p in (*POLICIES, *NAMED)], metavar="NAME",
+        help="default: all of POLICIES; with --quick those that choose pages in every step",
     )  # fmt: skip
     parser.add_argument("--pieces", type=record.positive, metavar="N", help="documents of each kind of text")
     parser.add_argument("--depths", type=record.positive, metavar="N", help="pass keys or facts of a text")
@@ -102,14 +103,16 @@ def parse() -> argparse.Namespace:
     for name, choices in DEFAULTS[args.table].items():
         if getattr(args, name, None) is None:
             setattr(args, name, choices[args.quick])
-    every_step = [policy.name for policy in POLICIES if policy.select_every == 1]
+    every_step = [policy.name for policy in (*POLICIES, *NAMED) if policy.select_every == 1]
     short = args.quick or args.table == "fidelity"
-    names = args.policy or (every_step if short else [policy.name for policy in POLICIES])
+    names = args.policy or [policy.name for policy in POLICIES if policy.select_every == 1 or not short]
     if args.table == "fidelity" and (others := [name for name in names if name not in every_step]):
         parser.error(f"fidelity is of policies that choose pages in every step, not of {others[0]!r}")
-    policies = [policy for policy in POLICIES if policy.name in names]
-    if max(args.budget) >= min(args.context):
-        parser.error(f"--budget {max(args.budget)} covers a --context of {min(args.context)}")
+    policies = [policy for policy in (*POLICIES, *NAMED) if policy.name in names]
+    for context, budget, policy in itertools.product(args.context, args.budget, policies):
+        if (tokens := policy.budget_at(budget, context)) >= context:
+            as_many = "" if tokens == budget else f" as {tokens} tokens of {policy.name!r}"
+            parser.error(f"--budget {budget}{as_many} covers a --context of {context}")
     try:
         args.compared = compared(policies, args.budget, args.head_budgets)
     except (OSError, TypeError, ValueError) as error:

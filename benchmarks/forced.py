@@ -31,10 +31,13 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of each token of a continuation but the first: its loss in nats, and whether it was the likeliest one."""
+    """Of each token of a continuation but the first: its loss in nats, whether it was the likeliest one, and how many
+    tokens, in whole pages, a KV head may attend to in the step that predicts it, on average over heads and layers that
+    choose."""
 
     loss: Tensor
     hit: Tensor
+    attended: Tensor
 
 
 class Documents:
@@ -48,9 +51,6 @@ class Documents:
         self.model, self.prefixes = model, prefixes
         self.steps = -(-(tail - 1) // MAX_ROWS_PER_REQUEST)
         self.longest = max(map(len, prefixes)) + self.steps * MAX_ROWS_PER_REQUEST
-        blocks_of_tail = -(-self.steps * MAX_ROWS_PER_REQUEST // BLOCK_SIZE) + 1  # and the copied last one
-        blocks_of_text = sum(-(-len(prefix) // BLOCK_SIZE) for prefix in prefixes)
-        self.num_blocks = blocks_of_text + MOST_SEQUENCES * blocks_of_tail
         self.dense = self._new_cache(DENSE)
         self.caches = {(BLOCK_SIZE, None): self.dense}  # by page size and metadata dtype; the first, and one other
         attention = QuestAttention(
@@ -98,6 +98,7 @@ class Documents:
         tokens = torch.tensor(padded, device=device)  # [N, width + 1]
         loss = torch.empty(len(padded), width, device=device)
         hit = torch.empty(len(padded), width, dtype=torch.bool, device=device)
+        attended = torch.empty(len(padded), width, device=device)
         forks = [attention.cache.fork(c.document) for c in continuations]
         for start in range(0, width, rows):
             given, asked = tokens[:, start : start + rows].flatten(), tokens[:, start + 1 : start + rows + 1].flatten()
@@ -107,17 +108,21 @@ class Documents:
             logits = self.model(given, attention.positions, runs)
             loss[:, start : start + rows] = F.cross_entropy(logits, asked, reduction="none").view(-1, rows)
             hit[:, start : start + rows] = (logits.argmax(-1) == asked).view(-1, rows)
+            pages = attention.page_budgets * attention.config.page_size
+            attended[:, start : start + rows] = pages.view(-1, rows)
         for fork in forks:
             attention.cache.free(fork)
         return [
-            Prediction(loss[i, : len(c.tokens) - 1].cpu(), hit[i, : len(c.tokens) - 1].cpu())
+            Prediction(*(of_all[i, : len(c.tokens) - 1].cpu() for of_all in (loss, hit, attended)))
             for i, c in enumerate(continuations)
         ]
 
     def _new_cache(self, config: QuestConfig) -> PagedKVCache:
         """An empty cache with the sequences 0, 1, ... of the documents."""
-        cache = self.model.new_cache(config, self.num_blocks)
-        assert cache.block_size == BLOCK_SIZE
+        tail = self.steps * MAX_ROWS_PER_REQUEST
+        blocks_of_tail = -(-tail // config.block_size) + 1  # and the copied last one
+        blocks_of_text = sum(-(-len(prefix) // config.block_size) for prefix in self.prefixes)
+        cache = self.model.new_cache(config, blocks_of_text + MOST_SEQUENCES * blocks_of_tail)
         assert [cache.add() for _ in self.prefixes] == list(range(len(self.prefixes)))
         return cache
 
@@ -129,9 +134,12 @@ class Documents:
             cache = self.caches[layout] = self._new_cache(config)
             for seq, prefix in enumerate(self.prefixes):
                 cache.extend(seq, len(prefix))
-                places = cache.block_ids(seq), self.dense.block_ids(seq)
-                to, source = (torch.tensor(blocks, device=cache.device) for blocks in places)
-                cache.pool[:, to] = self.dense.pool[:, source]
+                to, source = cache.block_ids(seq), self.dense.block_ids(seq)
+                parts = config.block_size // BLOCK_SIZE  # of a block; those past the last token hold anything
+                source += source[-1:] * (len(to) * parts - len(source))
+                to, source = (torch.tensor(blocks, device=cache.device) for blocks in (to, source))
+                kv = self.dense.pool[:, source].unflatten(1, (-1, parts))  # [layers, blocks, parts, 2, Hkv, S, D]
+                cache.pool[:, to] = kv.movedim(2, 4).flatten(4, 5)
         return self.caches[layout]
 
     def _rebuild_metadata(self, cache: PagedKVCache, config: QuestConfig, blank: bool) -> None:

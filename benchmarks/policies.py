@@ -8,7 +8,7 @@ import torch
 from quest_ops import QuestConfig
 from quest_ops.head_budgets import load_head_budgets
 
-BLOCK_SIZE = 16  # tokens of a block in every policy's cache, whatever its pages: the keys and values are the same ones
+BLOCK_SIZE = 16  # tokens of a block in the documents' cache, and in that of every policy whose pages fit one
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class Policy:
     the budget is below 512). recent_only: the sink and the most recent pages, chosen without metadata. oracle: pages
     chosen by their true attention mass, which takes all keys: how well any choice of as many pages could do.
     head_budgets: tokens of each layer and KV head, as many on average as the one budget that they are for.
-    select_every: as of QuestConfig; above 1, decoding is one token of a sequence a step."""
+    select_every: as of QuestConfig; above 1, decoding is one token of a sequence a step.
+    equal_bytes: what it reads less of metadata than the defaults it spends on a larger budget."""
 
     name: str
     bound: str = "minmax"
@@ -29,6 +30,17 @@ class Policy:
     oracle: bool = False
     head_budgets: tuple[tuple[int, ...], ...] | None = None
     select_every: int = 1
+    equal_bytes: bool = False
+
+    def budget_at(self, budget: int, context: int) -> int:
+        """Tokens that it may attend to after `context` ones, in whole pages, where the defaults have `budget`.
+
+        With equal_bytes a step reads as many bytes: a page's metadata is two vectors, as K and V of a token are, so in
+        units of the latter that of all pages is context / 16 * metadata_bytes; BEST has 1 of these.
+        """
+        if self.equal_bytes:
+            budget += int(context / 16 * (BEST.metadata_bytes - self.metadata_bytes))
+        return budget // self.page_size * self.page_size
 
     def config(self, budget: int) -> QuestConfig:
         settings = {
@@ -69,6 +81,16 @@ POLICIES = (
     *(replace(BEST, name=f"{BEST.name}, select every {n}", select_every=n) for n in (2, 4, 8)),
     Policy("mean_std 1.5, pages of 8, 8-bit", bound="mean_std", bound_scale=1.5, page_size=8, eight_bit=True),
 )
+# These, by name alone.
+NAMED = (
+    *(
+        Policy(
+            f"mean_std 1, pages of {size}, 8-bit, equal bytes", bound="mean_std", page_size=size, eight_bit=True,
+            equal_bytes=True,
+        )
+        for size in (16, 32)
+    ),
+)  # fmt: skip
 
 
 def calibrated(path: Path) -> tuple[Policy, int]:

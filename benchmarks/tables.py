@@ -6,7 +6,8 @@ import time
 
 import torch
 from fidelity import Probe, summary
-from forced import MOST_SEQUENCES, Continuation, Documents
+from forced import MOST_SEQUENCES, Continuation, Documents, Prediction
+from policies import Policy
 from tasks import FILLER, Asker, pieces
 
 from quest_ops.llama.model import Llama
@@ -14,7 +15,7 @@ from quest_ops.llama.tokenizer import Tokenizer
 
 SEED = 1
 Texts = dict[str, list[int]]  # tokens of each kind of text
-HEADER = f"{'policy':40}{'metadata':>9}{'context':>9}{'budget':>8}"
+HEADER = f"{'policy':44}{'metadata':>9}{'context':>9}{'budget':>8}{'attended':>10}"
 
 
 def note(text: str) -> None:
@@ -33,8 +34,19 @@ def prefilled(model: Llama, documents: list[list[int]], tail: int) -> Documents:
     return made
 
 
-def settings_of(policy, budget: int, context: int) -> dict:
-    return {"policy": policy.name, "metadata": policy.metadata_bytes, "context": context, "budget": budget}
+def settings_of(policy: Policy, budget: int, context: int, predictions: list[Prediction]) -> dict:
+    """attended: tokens that a row and KV head may attend to, on average. read: these and the metadata, in units of a
+    token's K and V, which are as many bytes as 16 tokens of the paper's metadata."""
+    attended = torch.cat([p.attended for p in predictions]).double().mean().item()
+    metadata = policy.metadata_bytes
+    return {
+        "policy": policy.name,
+        "metadata": metadata,
+        "context": context,
+        "budget": budget,
+        "attended": round(attended, 1),
+        "read": None if metadata is None else round(attended + context * metadata / 16, 1),
+    }
 
 
 def continued(args, model: Llama, start: list[int], texts: Texts, context: int):
@@ -51,15 +63,16 @@ def perplexity(args, model: Llama, tokenizer: Tokenizer, texts: Texts) -> list[d
     for context in args.context:
         documents, continuations, kinds = continued(args, model, tokenizer.encode(""), texts, context)
 
-        def losses(policy=None, budget=0, documents=documents, continuations=continuations) -> torch.Tensor:
-            return torch.stack([p.loss.double().mean() for p in documents.predict(policy, budget, continuations)])
+        def mean_losses(predictions: list[Prediction]) -> torch.Tensor:
+            return torch.stack([p.loss.double().mean() for p in predictions])
 
-        dense = losses()
+        dense = mean_losses(documents.predict(None, 0, continuations))
         print(f"dense: {dense.mean():.4f} nats a token, {len(kinds)} windows of {args.tokens} tokens after {context}")
         print(f"{HEADER}{'added loss':>12}{'+-':>8}{columns(dict.fromkeys(kinds))}")
         for policy, budget in args.compared:
-            added = losses(policy, budget) - dense
-            row = settings_of(policy, budget, context) | {
+            predictions = documents.predict(policy, policy.budget_at(budget, context), continuations)
+            added = mean_losses(predictions) - dense
+            row = settings_of(policy, budget, context, predictions) | {
                 "dense_loss": dense.mean().item(),
                 "added_loss": added.mean().item(),
                 "standard_error": added.std().item() / math.sqrt(len(added)),
@@ -80,13 +93,15 @@ def fidelity(args, model: Llama, tokenizer: Tokenizer, texts: Texts) -> list[dic
         print(f"{len(kinds)} windows of {args.tokens} tokens after {context}; by kind of text: error")
         print(f"{HEADER}{'error':>12}{'+-':>8}{'mass':>8}{columns(dict.fromkeys(kinds))}")
         for policy, budget in args.compared:
-            attention, sums = documents.attention_of(policy, budget), []
+            attention = documents.attention_of(policy, policy.budget_at(budget, context))
+            sums, predictions = [], []
             for first in range(0, len(continuations), MOST_SEQUENCES):
                 some = continuations[first : first + MOST_SEQUENCES]
                 probe = Probe(attention, policy.oracle, len(some))
-                documents.decode(attention, probe, some)
+                predictions += documents.decode(attention, probe, some)
                 sums.append(probe.sums)
-            row = settings_of(policy, budget, context) | summary(torch.cat(sums, 1), args.tokens, kinds)
+            settings = settings_of(policy, budget, context, predictions)
+            row = settings | summary(torch.cat(sums, 1), args.tokens, kinds)
             rows.append(row)
             by_kind = {kind: f"{error:.3f}" for kind, error in row["error_by_kind"].items()}
             show(row, f"{row['error']:12.3f}{row['standard_error']:8.3f}{row['mass']:8.3f}{columns(by_kind)}")
@@ -125,12 +140,10 @@ def found(args, model: Llama, asker: Asker) -> list[dict]:
     continuations = [question.continuation for question in asker.questions]
     documents = prefilled(model, asker.documents, max(len(c.tokens) for c in continuations))
 
-    def right(policy=None, budget=0) -> torch.Tensor:
-        predictions = documents.predict(policy, budget, continuations)
-        answers = [p.hit[-question.answer :].all() for p, question in zip(predictions, asker.questions)]
-        return torch.stack(answers)
+    def right(predictions: list[Prediction]) -> torch.Tensor:
+        return torch.stack([agrees(p, question.answer) for p, question in zip(predictions, asker.questions)])
 
-    dense, rows = right(), []
+    dense, rows = right(documents.predict(None, 0, continuations)), []
     trials = int(dense.sum())
     print(f"dense: {trials} of {len(dense)} after {asker.context} tokens")
     if trials == 0:
@@ -140,9 +153,10 @@ def found(args, model: Llama, asker: Asker) -> list[dict]:
     depths = [f"{question.depth:.3g}" for question in asker.questions]
     print(f"{HEADER}{'found':>10}{'of':>5}{columns(dict.fromkeys(kinds))}")
     for policy, budget in args.compared:
-        kept = right(policy, budget)[dense].double()
+        predictions = documents.predict(policy, policy.budget_at(budget, asker.context), continuations)
+        kept = right(predictions)[dense].double()
         by_kind, by_depth = (tally(kept, labels, dense) for labels in (kinds, depths))
-        row = settings_of(policy, budget, asker.context) | {
+        row = settings_of(policy, budget, asker.context, predictions) | {
             "found": kept.mean().item(),
             "standard_error": math.sqrt(kept.mean().item() * (1 - kept.mean().item()) / trials),
             "trials": trials,
@@ -154,6 +168,11 @@ def found(args, model: Llama, asker: Asker) -> list[dict]:
         shares = {kind: f"{of_kind[0]}/{of_kind[1]}" for kind, of_kind in by_kind.items()}
         show(row, f"{row['found']:10.0%}{trials:5}{columns(shares)}")
     return rows
+
+
+def agrees(prediction: Prediction, answer: int) -> torch.Tensor:
+    """Whether each of the last `answer` tokens was the likeliest one."""
+    return prediction.hit[-answer:].all()
 
 
 def tally(kept: torch.Tensor, labels: list[str], dense: torch.Tensor) -> dict[str, list[int]]:
@@ -173,7 +192,7 @@ def columns(by_kind: dict) -> str:
 
 def show(row: dict, result: str) -> None:
     metadata = "-" if row["metadata"] is None else f"{row['metadata']:g}"
-    settings = f"{row['policy']:40}{metadata:>9}{row['context']:9}{row['budget']:8}"
+    settings = f"{row['policy']:44}{metadata:>9}{row['context']:9}{row['budget']:8}{row['attended']:10.0f}"
     print(settings + result, flush=True)
 
 
