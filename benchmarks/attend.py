@@ -33,13 +33,20 @@ class Step(fidelity.Step):
         return self.listed(layer, query, *chosen)
 
     def _page_masses(self, layer: int, query: Tensor) -> Tensor:
-        """[R, Hkv, P] float32: each page's share of the exact attention, summed over the query heads of a KV head."""
-        query = query.unflatten(1, (self.cache.num_kv_heads, -1)).unflatten(0, (-1, self.rows))  # [B, T, Hkv, G, D]
         keys = self.cache.k_cache(layer)[self.attention.request_table].flatten(1, 2)  # [B, L, Hkv, D]
-        logits = torch.einsum("bthgd,blhd->bthgl", query.float() * self.attention.sm_scale, keys.float()).flatten(0, 1)
-        seen = torch.arange(logits.size(-1), device=logits.device) < self.attention.seq_lens[:, None]  # [R, L]
-        shares = logits.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
-        return shares.sum(2).unflatten(-1, (-1, self.config.page_size)).sum(-1).contiguous()
+        return page_masses(query, keys, self.attention.seq_lens, self.config.page_size, self.attention.sm_scale)
+
+
+def page_masses(query: Tensor, keys: Tensor, seq_lens: Tensor, page_size: int, sm_scale: float) -> Tensor:
+    """[R, Hkv, P] float32: each page's share of the exact attention, summed over the query heads of a KV head.
+
+    query [R, Hq, D]. keys [B, L, Hkv, D], L whole pages, each for R / B adjacent rows. seq_lens [R]: tokens of a row.
+    """
+    query = query.unflatten(1, (keys.size(2), -1)).unflatten(0, (len(keys), -1))  # [B, T, Hkv, G, D]
+    logits = torch.einsum("bthgd,blhd->bthgl", query.float() * sm_scale, keys.float()).flatten(0, 1)
+    seen = torch.arange(logits.size(-1), device=logits.device) < seq_lens[:, None]  # [R, L]
+    shares = logits.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
+    return shares.sum(2).unflatten(-1, (-1, page_size)).sum(-1).contiguous()
 
 
 class OracleAttention(Step):

@@ -34,10 +34,9 @@ def prefilled(model: Llama, documents: list[list[int]], tail: int) -> Documents:
     return made
 
 
-def settings_of(policy: Policy, budget: int, context: int, predictions: list[Prediction]) -> dict:
+def settings_of(policy: Policy, budget: int, context: int, attended: float) -> dict:
     """attended: tokens that a row and KV head may attend to, on average. read: these and the metadata, in units of a
     token's K and V, which are as many bytes as 16 tokens of the paper's metadata."""
-    attended = torch.cat([p.attended for p in predictions]).double().mean().item()
     metadata = policy.metadata_bytes
     return {
         "policy": policy.name,
@@ -47,6 +46,10 @@ def settings_of(policy: Policy, budget: int, context: int, predictions: list[Pre
         "attended": round(attended, 1),
         "read": None if metadata is None else round(attended + context * metadata / 16, 1),
     }
+
+
+def attended_by(predictions: list[Prediction]) -> float:
+    return torch.cat([prediction.attended for prediction in predictions]).double().mean().item()
 
 
 def continued(args, model: Llama, start: list[int], texts: Texts, context: int):
@@ -72,7 +75,7 @@ def perplexity(args, model: Llama, tokenizer: Tokenizer, texts: Texts) -> list[d
         for policy, budget in args.compared:
             predictions = documents.predict(policy, policy.budget_at(budget, context), continuations)
             added = mean_losses(predictions) - dense
-            row = settings_of(policy, budget, context, predictions) | {
+            row = settings_of(policy, budget, context, attended_by(predictions)) | {
                 "dense_loss": dense.mean().item(),
                 "added_loss": added.mean().item(),
                 "standard_error": added.std().item() / math.sqrt(len(added)),
@@ -100,11 +103,10 @@ def fidelity(args, model: Llama, tokenizer: Tokenizer, texts: Texts) -> list[dic
                 probe = Probe(attention, policy.oracle, len(some))
                 predictions += documents.decode(attention, probe, some)
                 sums.append(probe.sums)
-            settings = settings_of(policy, budget, context, predictions)
+            settings = settings_of(policy, budget, context, attended_by(predictions))
             row = settings | summary(torch.cat(sums, 1), args.tokens, kinds)
             rows.append(row)
-            by_kind = {kind: f"{error:.3f}" for kind, error in row["error_by_kind"].items()}
-            show(row, f"{row['error']:12.3f}{row['standard_error']:8.3f}{row['mass']:8.3f}{columns(by_kind)}")
+            show_fidelity(row)
     return rows
 
 
@@ -156,7 +158,7 @@ def found(args, model: Llama, asker: Asker) -> list[dict]:
         predictions = documents.predict(policy, policy.budget_at(budget, asker.context), continuations)
         kept = right(predictions)[dense].double()
         by_kind, by_depth = (tally(kept, labels, dense) for labels in (kinds, depths))
-        row = settings_of(policy, budget, asker.context, predictions) | {
+        row = settings_of(policy, budget, asker.context, attended_by(predictions)) | {
             "found": kept.mean().item(),
             "standard_error": math.sqrt(kept.mean().item() * (1 - kept.mean().item()) / trials),
             "trials": trials,
@@ -194,6 +196,11 @@ def show(row: dict, result: str) -> None:
     metadata = "-" if row["metadata"] is None else f"{row['metadata']:g}"
     settings = f"{row['policy']:44}{metadata:>9}{row['context']:9}{row['budget']:8}{row['attended']:10.0f}"
     print(settings + result, flush=True)
+
+
+def show_fidelity(row: dict) -> None:
+    by_kind = {kind: f"{error:.3f}" for kind, error in row["error_by_kind"].items()}
+    show(row, f"{row['error']:12.3f}{row['standard_error']:8.3f}{row['mass']:8.3f}{columns(by_kind)}")
 
 
 TABLES = {"perplexity": perplexity, "passkey": passkey, "needles": needles, "fidelity": fidelity}

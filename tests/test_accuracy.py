@@ -10,7 +10,7 @@ import torch
 from models import random_llama
 from test_benchmarks import Bytes, one_token_a_step, small_documents, small_model
 
-from quest_ops.llama.rope import rope_frequencies
+from quest_ops.llama.rope import RotaryEmbedding, rope_frequencies, rotate
 
 bench = test_benchmarks.bench
 
@@ -22,10 +22,14 @@ def plain_config(bench, **fields):
 
 def accuracy(bench, monkeypatch, *arguments):
     """Runs accuracy.py on a small random model of 256 positions whose tokens are bytes."""
+    return run(bench, monkeypatch, bench.accuracy, *arguments)
+
+
+def run(bench, monkeypatch, script, *arguments):
     model = random_llama(plain_config(bench), torch.float32, "cpu")
-    monkeypatch.setattr(bench.accuracy.Llama, "load", lambda *arguments, **options: (model, Bytes()))
-    monkeypatch.setattr(sys, "argv", ["accuracy.py", *map(str, arguments)])
-    bench.accuracy.main()
+    monkeypatch.setattr(script.Llama, "load", lambda *arguments, **options: (model, Bytes()))
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
+    script.main()
     return model
 
 
@@ -105,3 +109,83 @@ def test_a_larger_budget_of_equal_bytes_must_not_cover_the_context(bench, monkey
     with pytest.raises(SystemExit):
         accuracy(bench, monkeypatch, "perplexity", "--quick", "--context", 256, "--budget", 250, "--policy", name)
     assert f"--budget 250 as 256 tokens of '{name}' covers a --context of 256" in capsys.readouterr().err
+
+
+def test_a_stitched_context_has_one_beginning_and_ends_with_its_document(bench):
+    sizes = [64, 48, 80]
+
+    def tokens(last, context):
+        places = bench.stitched.places_of(sizes, last, context)
+        assert [place.at for place in places] == [sum(p.size for p in places[:i]) for i in range(len(places))]
+        return [(place.document, place.start, place.start + place.size) for place in places]
+
+    assert tokens(0, 64) == [(0, 0, 64)]
+    assert tokens(0, 100) == [(2, 0, 52), (0, 16, 64)]
+    assert tokens(4, 170) == [(1, 0, 26), (2, 16, 80), (0, 16, 64), (1, 16, 48)]
+
+
+@pytest.mark.parametrize("method", ["ntk", "yarn"])
+def test_keys_and_queries_are_turned_to_their_places(bench, method):
+    """As if they had been rotated there, by the frequencies of a model for so long a context."""
+    config = plain_config(bench)
+    generator = torch.Generator().manual_seed(0)
+    own = RotaryEmbedding(config)
+    plain, documents = [], []
+    for size in (100, 140):
+        keys, values = torch.randn(2, size, 2, 64, generator=generator)
+        queries = torch.randn(3, 4, 64, generator=generator)
+        turned = rotate(keys, *own(torch.arange(size))), values, rotate(queries, *own(size - 1 - 13 * torch.arange(3)))
+        plain.append((keys, values, queries))
+        documents.append(bench.recordings.Recording(*turned))
+    for context, first in ((140, 0), (264, 16)):
+        stitch = bench.stitched.Stitch(config, method, [100, 140], 1, context, 3, "cpu")
+        there = RotaryEmbedding(bench.longer.longer_config(config, method, 264 / 256) if context > 256 else config)
+        query, keys, values = stitch.of(documents)
+        assert len(keys) == len(values) == context and stitch.seq_lens.tolist() == [context - 13 * b for b in range(3)]
+        expected = rotate(plain[1][0][first:], *there(torch.arange(context - 140 + first, context)))
+        torch.testing.assert_close(keys[context - 140 + first :], expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(values[context - 140 + first :], plain[1][1][first:])
+        expected = rotate(plain[1][2], *there(stitch.seq_lens.long() - 1))
+        torch.testing.assert_close(query, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [8, 16, 32])
+def test_a_long_context_is_attended_to_by_the_pages_that_a_policy_chooses(bench, size):
+    (policy,) = [p for p in (bench.policies.BEST, *bench.policies.NAMED) if p.page_size == size]
+    policy = dataclasses.replace(policy, eight_bit=False)
+    generator = torch.Generator().manual_seed(0)
+    query, (keys, values) = torch.randn(2, 4, 64, generator=generator), torch.randn(2, 384, 2, 64, generator=generator)
+    lengths = torch.tensor([384, 379], dtype=torch.int32)
+    context = bench.long_fidelity.Context(0, query, keys, values, lengths)
+    out, lse = context.attend(policy, 160)
+    config = policy.config(160)
+    of_pages = keys.unflatten(0, (-1, size))
+    mean, deviation = of_pages.mean(1), of_pages.std(1, correction=0)  # [P, Hkv, D]
+    always = torch.zeros(384 // size, dtype=torch.bool)
+    always[: config.sink_pages], always[-config.recent_pages :] = True, True
+    for row, head in ((row, head) for row in range(2) for head in range(4)):
+        group = query[row].view(2, 2, 64)[head // 2]
+        scores = (group @ mean[:, head // 2].T + group.abs() @ deviation[:, head // 2].T).amax(0)
+        chosen = scores.masked_fill(always, torch.inf).topk(160 // size).indices
+        keys_of_head, values_of_head = (x[: lengths[row], head // 2] for x in (keys, values))
+        logits, kept = keys_of_head @ query[row, head] / 8, torch.isin(torch.arange(lengths[row]) // size, chosen)
+        expected = logits[kept].softmax(0) @ values_of_head[kept]
+        torch.testing.assert_close(out[row, head], expected, rtol=1e-4, atol=1e-4)
+        mass = (lse - context.exact[1])[row, head].exp()
+        assert mass == pytest.approx(logits.softmax(0)[kept].sum().item(), abs=1e-4) and mass < 0.9
+
+
+def test_fidelity_at_long_contexts_is_of_equal_bytes(bench, monkeypatch, tmp_path, capsys):
+    names = "oracle", "mean_std 1, pages of 8, 8-bit", "mean_std 1, pages of 32, 8-bit, equal bytes"
+    sizes = "--document", 256, "--documents", 3, "--context", 512, 1024, "--budget", 96, "--layers", 0, 2
+    monkeypatch.setattr(bench.long_fidelity, "QUERIES", 4)
+    arguments = "--quick", *sizes, "--policy", *names, "--json", tmp_path / "f.json"
+    run(bench, monkeypatch, bench.long_fidelity, *arguments)
+    record = json.loads((tmp_path / "f.json").read_text())
+    assert record["rope"] == "ntk" and record["measured_layers"] == [0, 2] and len(record["rows"]) == 6
+    for row in record["rows"]:
+        assert row["windows"] == 3 and 0 < row["mass"] < 1 and len(row["error_by_head"]) == 2
+    assert [row["attended"] for row in record["rows"]] == [96, 96, 96, 96, 96, 128]
+    with pytest.raises(SystemExit):
+        run(bench, monkeypatch, bench.long_fidelity, "--quick", *sizes[:4], "--context", 500)
+    assert "--context must be a multiple of 128 and at least --document, got 500" in capsys.readouterr().err
