@@ -7,6 +7,9 @@
 A document is prefilled with dense attention, once for all policies; what follows it goes through decode steps, the
 question as well as the answer, and keys and values that it appends are its own. policies.py lists the policies;
 "metadata" is their bytes of metadata a token, the paper's being 1. The model's weights are as its file has them.
+"budget" is that of a fixed one; "attended" the tokens that a row and KV head may attend to on average, which is more
+for "equal bytes", another number at each context for "ratio", and about the budget for "top-p". "read", in the JSON:
+these and the metadata, in tokens' K and V. Of several contexts the means stand below.
 
 - perplexity: teacher-forced on real text. Loss in nats a token of dense attention, and how much more each policy has,
   with its standard error over the windows (of the same windows' differences).
@@ -34,7 +37,7 @@ import record
 import torch
 from longer import METHODS, lengthen
 from policies import NAMED, POLICIES, Policy, calibrated
-from tables import TABLES
+from tables import TABLES, over_contexts, show_means
 from tasks import KINDS, texts_of
 
 from quest_ops.llama.model import Llama
@@ -103,18 +106,19 @@ def parse() -> argparse.Namespace:
     for name, choices in DEFAULTS[args.table].items():
         if getattr(args, name, None) is None:
             setattr(args, name, choices[args.quick])
-    every_step = [policy.name for policy in (*POLICIES, *NAMED) if policy.select_every == 1]
+    fixed = [policy.name for policy in (*POLICIES, *NAMED) if policy.fixed]
     short = args.quick or args.table == "fidelity"
-    names = args.policy or [policy.name for policy in POLICIES if policy.select_every == 1 or not short]
-    if args.table == "fidelity" and (others := [name for name in names if name not in every_step]):
-        parser.error(f"fidelity is of policies that choose pages in every step, not of {others[0]!r}")
+    names = args.policy or [policy.name for policy in POLICIES if policy.fixed or not short]
+    if args.table == "fidelity" and (others := [name for name in names if name not in fixed]):
+        parser.error(f"fidelity is of policies that choose as many pages in every step, not of {others[0]!r}")
     policies = [policy for policy in (*POLICIES, *NAMED) if policy.name in names]
     for context, budget, policy in itertools.product(args.context, args.budget, policies):
         if (tokens := policy.budget_at(budget, context)) >= context:
             as_many = "" if tokens == budget else f" as {tokens} tokens of {policy.name!r}"
             parser.error(f"--budget {budget}{as_many} covers a --context of {context}")
     try:
-        args.compared = compared(policies, args.budget, args.head_budgets)
+        pairs = compared(policies, args.budget, args.head_budgets)
+        args.compared = [(policy.over(args.context, budget), budget) for policy, budget in pairs]
     except (OSError, TypeError, ValueError) as error:
         parser.error(str(error))
     if args.rope:
@@ -154,7 +158,9 @@ def main() -> None:
     contents = {"what": f"accuracy: {args.table}", "model": Path(args.model).name, "dtype": str(model.dtype)}
     contents["rope_scaling"] = dict(zip(("method", "factor"), args.rope)) if args.rope else None
     contents["texts"] = {kind: len(tokens) for kind, tokens in texts.items()}
-    record.finish(args, args.device, contents | {"rows": rows})
+    contents |= {"rows": rows, "over_contexts": over_contexts(rows)}
+    show_means(contents["over_contexts"])
+    record.finish(args, args.device, contents)
 
 
 if __name__ == "__main__":

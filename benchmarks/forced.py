@@ -1,12 +1,13 @@
 """Teacher-forced decoding: documents that are prefilled once, and what comes after them through decode steps."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from attend import OracleAttention
 from policies import BLOCK_SIZE, Policy
+from top_p import TopPAttention, Tuner
 from torch import Tensor
 
 import quest_ops
@@ -16,6 +17,7 @@ from quest_ops.llama.model import Llama
 
 PREFILL_CHUNK = {"cpu": 512, "cuda": 8192}
 MOST_SEQUENCES = 32  # of a step: 256 rows
+TUNING_TOKENS = 65  # of a continuation: 8 steps
 
 # The layout of the documents' first cache, whose keys and values all others copy.
 DENSE = QuestConfig(page_size=BLOCK_SIZE, bound="minmax", metadata_dtype=None)
@@ -70,14 +72,30 @@ class Documents:
         """Decodes the continuations with a policy, or with dense attention (None).
 
         8 tokens of a sequence at once: a row sees its own token and those before, and selects for itself, so that is
-        the same as one token a step. Policies that keep pages over steps take one token a step.
+        the same as one token a step. Policies that keep pages over steps take one token a step, and so does top-p: the
+        masses that it adds up are also those of the page being written, whose metadata is that of all 8.
         """
-        attention = self.attention_of(policy, budget)
-        runs = OracleAttention(attention) if policy and policy.oracle else attention
+        attention = runs = self.attention_of(policy, budget)
+        if policy and policy.oracle:
+            runs = OracleAttention(attention)
+        elif policy and policy.top_p:
+            runs = TopPAttention(attention, policy.p)
         predictions = []
         for first in range(0, len(continuations), MOST_SEQUENCES):
             predictions += self.decode(attention, runs, continuations[first : first + MOST_SEQUENCES])
         return predictions
+
+    def tuned(self, policy: Policy, budget: int, continuations: list[Continuation]) -> Policy:
+        """A policy of top_p with the p that attends to `budget` tokens on average, as the first tokens of the
+        continuations tell; any other as it is."""
+        if not policy.top_p:
+            return policy
+        attention = self.attention_of(policy, budget)
+        tuner = Tuner(attention)
+        for first in range(0, len(continuations), MOST_SEQUENCES):
+            some = continuations[first : first + MOST_SEQUENCES]
+            self.decode(attention, tuner, [replace(c, tokens=c.tokens[:TUNING_TOKENS]) for c in some])
+        return replace(policy, p=tuner.p())
 
     def attention_of(self, policy: Policy | None, budget: int) -> QuestAttention:
         """The attention of a policy (None: dense) on a cache that holds the documents with the policy's metadata."""
@@ -92,7 +110,8 @@ class Documents:
 
     def decode(self, attention: QuestAttention, runs, continuations: list[Continuation]) -> list[Prediction]:
         """At most MOST_SEQUENCES continuations: `attention` plans the steps, `runs` attends in them."""
-        rows, device = 1 if attention.kept else MAX_ROWS_PER_REQUEST, self.model.device
+        one = attention.kept or isinstance(runs, TopPAttention)
+        rows, device = 1 if one else MAX_ROWS_PER_REQUEST, self.model.device
         width = -(-(max(len(c.tokens) for c in continuations) - 1) // rows) * rows
         padded = [c.tokens + c.tokens[-1:] * (width + 1 - len(c.tokens)) for c in continuations]
         tokens = torch.tensor(padded, device=device)  # [N, width + 1]
@@ -108,8 +127,8 @@ class Documents:
             logits = self.model(given, attention.positions, runs)
             loss[:, start : start + rows] = F.cross_entropy(logits, asked, reduction="none").view(-1, rows)
             hit[:, start : start + rows] = (logits.argmax(-1) == asked).view(-1, rows)
-            pages = attention.page_budgets * attention.config.page_size
-            attended[:, start : start + rows] = pages.view(-1, rows)
+            pages = runs.pages if isinstance(runs, TopPAttention) else attention.page_budgets
+            attended[:, start : start + rows] = (pages * attention.config.page_size).view(-1, rows)
         for fork in forks:
             attention.cache.free(fork)
         return [

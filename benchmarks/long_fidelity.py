@@ -122,7 +122,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--context", nargs="+", type=record.positive, metavar="TOKENS")
     parser.add_argument("--budget", nargs="+", type=record.positive, metavar="TOKENS")
-    choices = {policy.name: policy for policy in (*POLICIES, *NAMED) if policy.select_every == 1}
+    choices = {policy.name: policy for policy in (*POLICIES, *NAMED) if policy.fixed}
     parser.add_argument("--policy", nargs="+", choices=choices, default=list(choices), metavar="NAME")
     parser.add_argument("--document", type=record.positive, metavar="TOKENS", help="of a document")
     parser.add_argument("--documents", type=record.positive, metavar="N", help="of all kinds of text together")

@@ -1,5 +1,7 @@
 """What accuracy.py compares: ways to choose the pages that a decode step attends to, at equal budgets."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +20,10 @@ class Policy:
     chosen by their true attention mass, which takes all keys: how well any choice of as many pages could do.
     head_budgets: tokens of each layer and KV head, as many on average as the one budget that they are for.
     select_every: as of QuestConfig; above 1, decoding is one token of a sequence a step.
-    equal_bytes: what it reads less of metadata than the defaults it spends on a larger budget."""
+    equal_bytes: what it reads less of metadata than the defaults it spends on a larger budget.
+    ratio: the budget grows with the context, by budget_ratio as of QuestConfig, which `over` finds.
+    top_p: a row and KV head attends to the fewest pages whose masses, as the bounds have them, add up to p: of the sum
+    over all pages of tokens * exp(bound). `forced.Documents.tuned` finds the p of an average budget."""
 
     name: str
     bound: str = "minmax"
@@ -31,6 +36,19 @@ class Policy:
     head_budgets: tuple[tuple[int, ...], ...] | None = None
     select_every: int = 1
     equal_bytes: bool = False
+    ratio: bool = False
+    budget_ratio: float | None = None
+    top_p: bool = False
+    p: float | None = None
+
+    @property
+    def fixed(self) -> bool:
+        """Whether it chooses in every step, and as many pages for every row."""
+        return self.select_every == 1 and not self.ratio and not self.top_p
+
+    def over(self, contexts: list[int], budget: int) -> Policy:
+        """With a ratio, the policy whose budgets at some contexts have the mean `budget`."""
+        return replace(self, budget_ratio=budget * len(contexts) / sum(contexts)) if self.ratio else self
 
     def budget_at(self, budget: int, context: int) -> int:
         """Tokens that it may attend to after `context` ones, in whole pages, where the defaults have `budget`.
@@ -57,6 +75,9 @@ class Policy:
             return QuestConfig.paper(**settings)
         # A budget has room for a page to choose. All scores being equal, that is the first one: a second sink page.
         recent = budget - 2 * self.page_size if self.recent_only else 64 if budget >= 512 else 32
+        if self.budget_ratio is not None:
+            least = 16 + recent + self.page_size
+            settings |= {"budget_ratio": self.budget_ratio, "token_budget": least, "dense_below": least}
         return QuestConfig(sink_tokens=16, recent_tokens=recent, **settings)
 
     @property
@@ -90,6 +111,8 @@ NAMED = (
         )
         for size in (16, 32)
     ),
+    replace(BEST, name=f"{BEST.name}, ratio", ratio=True),
+    replace(BEST, name=f"{BEST.name}, top-p", top_p=True),
 )  # fmt: skip
 
 

@@ -45,11 +45,21 @@ def settings_of(policy: Policy, budget: int, context: int, attended: float) -> d
         "budget": budget,
         "attended": round(attended, 1),
         "read": None if metadata is None else round(attended + context * metadata / 16, 1),
-    }
+    } | ({"p": policy.p} if policy.top_p else {})
 
 
 def attended_by(predictions: list[Prediction]) -> float:
     return torch.cat([prediction.attended for prediction in predictions]).double().mean().item()
+
+
+def decoded(
+    documents: Documents, policy: Policy, budget: int, context: int, continuations: list[Continuation]
+) -> tuple[dict, list[Prediction]]:
+    """Settings and predictions of a policy at the defaults' budget."""
+    tokens = policy.budget_at(budget, context)
+    policy = documents.tuned(policy, tokens, continuations)
+    predictions = documents.predict(policy, tokens, continuations)
+    return settings_of(policy, budget, context, attended_by(predictions)), predictions
 
 
 def continued(args, model: Llama, start: list[int], texts: Texts, context: int):
@@ -73,9 +83,9 @@ def perplexity(args, model: Llama, tokenizer: Tokenizer, texts: Texts) -> list[d
         print(f"dense: {dense.mean():.4f} nats a token, {len(kinds)} windows of {args.tokens} tokens after {context}")
         print(f"{HEADER}{'added loss':>12}{'+-':>8}{columns(dict.fromkeys(kinds))}")
         for policy, budget in args.compared:
-            predictions = documents.predict(policy, policy.budget_at(budget, context), continuations)
+            settings, predictions = decoded(documents, policy, budget, context, continuations)
             added = mean_losses(predictions) - dense
-            row = settings_of(policy, budget, context, attended_by(predictions)) | {
+            row = settings | {
                 "dense_loss": dense.mean().item(),
                 "added_loss": added.mean().item(),
                 "standard_error": added.std().item() / math.sqrt(len(added)),
@@ -155,10 +165,10 @@ def found(args, model: Llama, asker: Asker) -> list[dict]:
     depths = [f"{question.depth:.3g}" for question in asker.questions]
     print(f"{HEADER}{'found':>10}{'of':>5}{columns(dict.fromkeys(kinds))}")
     for policy, budget in args.compared:
-        predictions = documents.predict(policy, policy.budget_at(budget, asker.context), continuations)
+        settings, predictions = decoded(documents, policy, budget, asker.context, continuations)
         kept = right(predictions)[dense].double()
         by_kind, by_depth = (tally(kept, labels, dense) for labels in (kinds, depths))
-        row = settings_of(policy, budget, asker.context, attended_by(predictions)) | {
+        row = settings | {
             "found": kept.mean().item(),
             "standard_error": math.sqrt(kept.mean().item() * (1 - kept.mean().item()) / trials),
             "trials": trials,
@@ -201,6 +211,31 @@ def show(row: dict, result: str) -> None:
 def show_fidelity(row: dict) -> None:
     by_kind = {kind: f"{error:.3f}" for kind, error in row["error_by_kind"].items()}
     show(row, f"{row['error']:12.3f}{row['standard_error']:8.3f}{row['mass']:8.3f}{columns(by_kind)}")
+
+
+def over_contexts(rows: list[dict]) -> list[dict]:
+    """The mean over contexts, each counting alike, of the rows of a policy and budget, where there are several: of a
+    policy whose budget grows with the context, what to compare with a fixed one."""
+    means = []
+    for policy, budget in dict.fromkeys((row["policy"], row["budget"]) for row in rows):
+        found = [row for row in rows if (row["policy"], row["budget"]) == (policy, budget)]
+        if len(found) == 1:
+            continue
+        error = math.sqrt(sum(row["standard_error"] ** 2 for row in found)) / len(found)
+        values = {
+            name: sum(row[name] for row in found) / len(found)
+            for name in ("attended", "added_loss", "found", "error") if name in found[0]
+        }  # fmt: skip
+        means.append({"policy": policy, "budget": budget, "contexts": [row["context"] for row in found]} | values)
+        means[-1]["standard_error"] = error
+    return means
+
+
+def show_means(means: list[dict]) -> None:
+    for row in means:
+        attended, *value = (row[name] for name in ("attended", "added_loss", "found", "error") if name in row)
+        settings = f"{row['policy']:53}{'all':>9}{row['budget']:8}{attended:10.0f}"
+        print(f"{settings}{value[0]:12.4f}{row['standard_error']:8.4f}")
 
 
 TABLES = {"perplexity": perplexity, "passkey": passkey, "needles": needles, "fidelity": fidelity}

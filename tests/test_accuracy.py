@@ -1,6 +1,7 @@
 """The accuracy tables at contexts, and by rules of the budget, beyond those of test_benchmarks.py."""
 
 import dataclasses
+import itertools
 import json
 import sys
 
@@ -10,6 +11,7 @@ import torch
 from models import random_llama
 from test_benchmarks import Bytes, one_token_a_step, small_documents, small_model
 
+import quest_ops
 from quest_ops.llama.rope import RotaryEmbedding, rope_frequencies, rotate
 
 bench = test_benchmarks.bench
@@ -151,7 +153,7 @@ def test_keys_and_queries_are_turned_to_their_places(bench, method):
 
 @pytest.mark.parametrize("size", [8, 16, 32])
 def test_a_long_context_is_attended_to_by_the_pages_that_a_policy_chooses(bench, size):
-    (policy,) = [p for p in (bench.policies.BEST, *bench.policies.NAMED) if p.page_size == size]
+    policy = next(p for p in (bench.policies.BEST, *bench.policies.NAMED) if p.page_size == size)
     policy = dataclasses.replace(policy, eight_bit=False)
     generator = torch.Generator().manual_seed(0)
     query, (keys, values) = torch.randn(2, 4, 64, generator=generator), torch.randn(2, 384, 2, 64, generator=generator)
@@ -163,7 +165,7 @@ def test_a_long_context_is_attended_to_by_the_pages_that_a_policy_chooses(bench,
     mean, deviation = of_pages.mean(1), of_pages.std(1, correction=0)  # [P, Hkv, D]
     always = torch.zeros(384 // size, dtype=torch.bool)
     always[: config.sink_pages], always[-config.recent_pages :] = True, True
-    for row, head in ((row, head) for row in range(2) for head in range(4)):
+    for row, head in itertools.product(range(2), range(4)):
         group = query[row].view(2, 2, 64)[head // 2]
         scores = (group @ mean[:, head // 2].T + group.abs() @ deviation[:, head // 2].T).amax(0)
         chosen = scores.masked_fill(always, torch.inf).topk(160 // size).indices
@@ -189,3 +191,80 @@ def test_fidelity_at_long_contexts_is_of_equal_bytes(bench, monkeypatch, tmp_pat
     with pytest.raises(SystemExit):
         run(bench, monkeypatch, bench.long_fidelity, "--quick", *sizes[:4], "--context", 500)
     assert "--context must be a multiple of 128 and at least --document, got 500" in capsys.readouterr().err
+
+
+def policy_named(bench, name):
+    return next(policy for policy in bench.policies.NAMED if policy.name.endswith(name))
+
+
+@torch.inference_mode()
+def test_top_p_takes_the_fewest_pages_that_hold_the_share(bench):
+    documents, _ = small_documents(bench)
+    policy = policy_named(bench, "top-p")
+    attention = documents.attention_of(policy, 80)
+    attention.plan([attention.cache.fork(0)], 8)  # 218 tokens after it: 28 pages
+    generator = torch.Generator().manual_seed(0)
+    query, (key, value) = torch.randn(8, 4, 64, generator=generator), torch.randn(2, 8, 2, 64, generator=generator)
+    bounded = bench.top_p.BoundedMasses(attention)
+    bounded.append(1, key, value)
+    shares = torch.tensor([0.2, 0.5, 0.9, 0.999])
+    found = bounded.counts(1, query, shares)
+    scores = quest_ops.estimate_page_scores(
+        query, attention.cache.page_metadata(1), attention.request_table, attention.seq_lens, 8, "max"
+    )
+    assert bounded.least == 2 + 4 + 1 and bounded.most == 40
+    for row, head, (i, share) in itertools.product(range(8), range(2), enumerate(shares)):
+        length = int(attention.seq_lens[row])
+        pages = -(-length // 8)
+        tokens = torch.tensor([8.0] * (pages - 1) + [length - 8 * (pages - 1)])
+        masses = tokens * (scores[row, head, :pages].double() / 8).exp()
+        always = [0, 1, *range(pages - 4, pages)]
+        others = sorted((m for page, m in enumerate(masses.tolist()) if page not in always), reverse=True)
+        held, count = masses[always].sum().item(), 6
+        while held < share * masses.sum() and others:
+            held, count = held + others.pop(0), count + 1
+        assert found[row, head, i] == max(count, 7)
+    assert found[..., 0].float().mean() < found[..., 2].float().mean() < 28
+
+
+@torch.inference_mode()
+def test_top_p_meets_a_budget_on_average_and_each_row_has_its_own(bench):
+    documents, continuations = small_documents(bench)
+    policy = documents.tuned(policy_named(bench, "top-p"), 96, continuations)
+    predictions = documents.predict(policy, 96, continuations)
+    attended = torch.cat([prediction.attended for prediction in predictions])
+    assert attended.mean() == pytest.approx(96, rel=0.1) and attended.std() > 1
+    for prediction, continuation in zip(predictions, continuations):
+        runs = []
+
+        def top_p(attention, runs=runs):
+            runs.append(bench.top_p.TopPAttention(attention, policy.p))
+            return runs[-1]
+
+        loss, _ = one_token_a_step(documents, policy.config(96), False, continuation, top_p)
+        torch.testing.assert_close(prediction.loss, loss, rtol=1e-4, atol=1e-4)
+        expected = torch.tensor([8 * float(step.pages) for step in runs])
+        torch.testing.assert_close(prediction.attended, expected, rtol=1e-3, atol=1e-3)
+    assert documents.tuned(bench.policies.BEST, 96, continuations) is bench.policies.BEST
+
+
+def test_ratio_and_top_p_are_compared_with_a_fixed_budget_at_an_equal_average(bench, monkeypatch, tmp_path):
+    best = bench.policies.BEST.name
+    names = [best, f"{best}, ratio", f"{best}, top-p"]
+    sizes = "--context", 192, 320, 448, "--budget", 128, "--pieces", 1, "--rope", "ntk", 4, "--policy", *names
+    accuracy(bench, monkeypatch, "perplexity", "--quick", *sizes, "--json", tmp_path / "a.json")
+    record = json.loads((tmp_path / "a.json").read_text())
+    rows = {(row["policy"], row["context"]): row for row in record["rows"]}
+    assert [rows[names[0], n]["attended"] for n in (192, 320, 448)] == [128] * 3
+    grown = [rows[names[1], n]["attended"] for n in (192, 320, 448)]
+    assert grown == pytest.approx([0.4 * (n + 64) for n in (192, 320, 448)], abs=8)  # a window follows
+    assert 0 < rows[names[2], 320]["p"] < 1
+    for mean in record["over_contexts"]:
+        found = [rows[mean["policy"], n] for n in mean["contexts"]]
+        assert mean["contexts"] == [192, 320, 448] and mean["budget"] == 128
+        for name in ("attended", "added_loss"):
+            assert mean[name] == pytest.approx(sum(row[name] for row in found) / 3)
+    assert [mean["policy"] for mean in record["over_contexts"]] == names
+    config = bench.policies.BEST.config(128)
+    ratio = dataclasses.replace(policy_named(bench, "ratio"), budget_ratio=0.4).config(128)
+    assert (ratio.sink_pages, ratio.recent_pages) == (config.sink_pages, config.recent_pages)

@@ -25,8 +25,8 @@ from quest_ops.llama.weights import expected_shapes
 ROOT = Path(__file__).parent.parent
 MODULES = (
     "timing", "cases", "peers", "phases", "record", "figures", "kernels", "break_even", "decoders", "end_to_end",
-    "policies", "attend", "fidelity", "forced", "tasks", "longer", "tables", "accuracy", "recordings", "exactness",
-    "recorded", "stitched", "long_fidelity",
+    "policies", "attend", "top_p", "fidelity", "forced", "tasks", "longer", "tables", "accuracy", "recordings",
+    "exactness", "recorded", "stitched", "long_fidelity",
 )  # fmt: skip
 ROW_KEYS = {"case", "path", "metadata", "page_size", "us", "flashinfer_us", "sdpa_us", "floor_us", "gbps", "ratio"}
 
