@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from attend import OracleAttention
 from policies import BLOCK_SIZE, Policy
-from top_p import TopPAttention, Tuner
+from top_p import BoundedMasses, TopPAttention, Tuner
 from torch import Tensor
 
 import quest_ops
@@ -17,7 +17,7 @@ from quest_ops.llama.model import Llama
 
 PREFILL_CHUNK = {"cpu": 512, "cuda": 8192}
 MOST_SEQUENCES = 32  # of a step: 256 rows
-TUNING_TOKENS = 65  # of a continuation: 8 steps
+TUNING_TOKENS = 129  # of a continuation, each in a step of its own
 
 # The layout of the documents' first cache, whose keys and values all others copy.
 DENSE = QuestConfig(page_size=BLOCK_SIZE, bound="minmax", metadata_dtype=None)
@@ -86,16 +86,21 @@ class Documents:
         return predictions
 
     def tuned(self, policy: Policy, budget: int, continuations: list[Continuation]) -> Policy:
-        """A policy of top_p with the p that attends to `budget` tokens on average, as the first tokens of the
-        continuations tell; any other as it is."""
+        """A policy of top_p with the p that attends to `budget` tokens on average; any other as it is.
+
+        First for the queries of a fixed budget, then for those of the p that they give: of the continuations' first
+        tokens.
+        """
         if not policy.top_p:
             return policy
-        attention = self.attention_of(policy, budget)
-        tuner = Tuner(attention)
-        for first in range(0, len(continuations), MOST_SEQUENCES):
-            some = continuations[first : first + MOST_SEQUENCES]
-            self.decode(attention, tuner, [replace(c, tokens=c.tokens[:TUNING_TOKENS]) for c in some])
-        return replace(policy, p=tuner.p())
+        attention, p = self.attention_of(policy, budget), None
+        continuations = [replace(c, tokens=c.tokens[:TUNING_TOKENS]) for c in continuations]
+        for _ in range(2):
+            tuner = Tuner(attention, p)
+            for first in range(0, len(continuations), MOST_SEQUENCES):
+                self.decode(attention, tuner, continuations[first : first + MOST_SEQUENCES])
+            p = tuner.p
+        return replace(policy, p=p)
 
     def attention_of(self, policy: Policy | None, budget: int) -> QuestAttention:
         """The attention of a policy (None: dense) on a cache that holds the documents with the policy's metadata."""
@@ -110,7 +115,7 @@ class Documents:
 
     def decode(self, attention: QuestAttention, runs, continuations: list[Continuation]) -> list[Prediction]:
         """At most MOST_SEQUENCES continuations: `attention` plans the steps, `runs` attends in them."""
-        one = attention.kept or isinstance(runs, TopPAttention)
+        one = attention.kept or isinstance(runs, BoundedMasses)
         rows, device = 1 if one else MAX_ROWS_PER_REQUEST, self.model.device
         width = -(-(max(len(c.tokens) for c in continuations) - 1) // rows) * rows
         padded = [c.tokens + c.tokens[-1:] * (width + 1 - len(c.tokens)) for c in continuations]

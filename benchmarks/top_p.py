@@ -41,31 +41,37 @@ class BoundedMasses(Step):
         wanted = shares.to(reached.device).expand(*reached.shape[:2], -1).contiguous()
         return (torch.searchsorted(reached, wanted) + 1).clamp(self.least, self.most).int()
 
+    def top_p(self, layer: int, query: Tensor, p: float) -> tuple[Tensor, Tensor]:
+        """Out [R, Hq, D], and the pages [R, Hkv] attended to."""
+        counts = self.counts(layer, query, torch.tensor([p]))[..., 0].contiguous()
+        out, _ = quest_ops.quest_decode_attention(
+            query, *self._pool(layer), self.cache.page_metadata(layer), self.attention.request_table,
+            self.attention.seq_lens, self.most, self.config.sink_pages, self.config.recent_pages, "max",
+            sm_scale=self.attention.sm_scale, page_budgets=counts,
+        )  # fmt: skip
+        return out, counts
+
 
 class TopPAttention(BoundedMasses):
     """pages [R]: what a row of the last step attends to, on average over layers and KV heads."""
 
     def __init__(self, attention: QuestAttention, p: float):
         super().__init__(attention)
-        self.shares = torch.tensor([p])
+        self.p = p
 
     def run(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         self.append(layer, key, value)
-        counts = self.counts(layer, query, self.shares)[..., 0].contiguous()
+        out, counts = self.top_p(layer, query, self.p)
         self.pages = counts.double().mean(1) / self.cache.num_layers + (self.pages if layer else 0)
-        out, _ = quest_ops.quest_decode_attention(
-            query, *self._pool(layer), self.cache.page_metadata(layer), self.attention.request_table,
-            self.attention.seq_lens, self.most, self.config.sink_pages, self.config.recent_pages, "max",
-            sm_scale=self.attention.sm_scale, page_budgets=counts,
-        )  # fmt: skip
         return out
 
 
 class Tuner(BoundedMasses):
-    """Attends with the fixed budget, and counts the pages that top-p would take for each of SHARES."""
+    """Attends with the fixed budget, or with a p found so, and counts the pages that each of SHARES would take."""
 
-    def __init__(self, attention: QuestAttention):
+    def __init__(self, attention: QuestAttention, p: float | None = None):
         super().__init__(attention)
+        self.attend_with = p
         self.sums = torch.zeros(len(SHARES), dtype=torch.float64, device=self.cache.device)
         self.choices = 0
 
@@ -74,8 +80,11 @@ class Tuner(BoundedMasses):
         counts = self.counts(layer, query, SHARES)
         self.sums += counts.double().sum((0, 1))
         self.choices += counts[..., 0].numel()
-        return self.quest(layer, query)[0]
+        if self.attend_with is None:
+            return self.quest(layer, query)[0]
+        return self.top_p(layer, query, self.attend_with)[0]
 
+    @property
     def p(self) -> float:
         """Whose average is the fixed budget: between two of SHARES, by a straight line."""
         pages, wanted = (self.sums / self.choices).cpu(), self.config.page_budget
