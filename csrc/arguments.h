@@ -184,6 +184,95 @@ inline const int32_t* budgets_of(const std::optional<Tensor>& budgets_, const Ar
     return budgets.data_as<const int32_t>();
 }
 
+// All but where the tokens go.
+inline AppendParams append_params(const Tensor& key_, const Tensor& value_, const Arg& k_cache, const Arg& v_cache,
+                                  const Arg& metadata, const std::string& bound, double bound_scale) {
+    const Arg key("key", key_, {3}, "[tokens, num_kv_heads, head_dim]"),
+        value("value", value_, {3}, "[tokens, num_kv_heads, head_dim]");
+    const DType dtype = dtype_of(k_cache);
+    check_values_like_keys(k_cache, v_cache);
+    for (const Arg* cache : {&k_cache, &v_cache, &metadata}) cache->expect_no_overlap();
+    for (const Arg* rows : {&key, &value}) {
+        rows->expect_device_of(k_cache);
+        rows->expect_dtype(k_cache.dtype, " as k_cache");
+        rows->expect_aligned_rows();
+        rows->expect_size(1, k_cache.sizes[2], "k_cache's num_kv_heads");
+        rows->expect_size(2, k_cache.sizes[3], "head_dim");
+    }
+    value.expect_size(0, key.sizes[0], "key's number of rows");
+    check_metadata_of_cache(metadata, k_cache);
+    const int32_t pages_per_block = check_metadata(metadata, k_cache.sizes[3]);
+    AppendParams params{};
+    params.key = rows_of(key);
+    params.value = rows_of(value);
+    params.k_cache = pool_of(k_cache);
+    params.v_cache = pool_of(v_cache);
+    params.metadata = metadata_of(metadata);
+    params.num_tokens = narrow("key's number of rows", key.sizes[0]);
+    params.num_kv_heads = narrow("num_kv_heads", k_cache.sizes[2]);
+    params.head_dim = narrow("head_dim", k_cache.sizes[3]);
+    params.page_size = static_cast<int32_t>(page_size_of(k_cache, pages_per_block));
+    params.pages_per_block = pages_per_block;
+    params.dtype = dtype;
+    params.bound = bound_of(bound, bound_scale);
+    return params;
+}
+
+inline EstimateParams estimate_params(const Arg& query, const Arg& metadata, const Arg& table, const Arg& seq_lens,
+                                      int64_t page_size, HeadReduction reduction) {
+    const DType dtype = dtype_of(query);
+    expect_one_of("head_dim", query.sizes[2], {64, 128, 256});
+    check_metadata_dtype(metadata, query);
+    const int32_t pages_per_block = check_metadata(metadata, query.sizes[2]);
+    check_page_size(page_size, pages_per_block);
+    const int32_t rows_per_request = check_query(query, query.sizes[2], metadata.sizes[1], table.sizes[0]);
+    return {rows_of(query),
+            metadata_of(metadata),
+            paging_of(table, query, page_size, pages_per_block),
+            lengths_of(seq_lens, query.sizes[0], "query's number of rows", query),
+            nullptr,
+            narrow("rows", query.sizes[0]),
+            rows_per_request,
+            narrow("query heads", query.sizes[1]),
+            narrow("num_kv_heads", metadata.sizes[1]),
+            narrow("head_dim", query.sizes[2]),
+            reduction,
+            dtype,
+            true,
+            0};
+}
+
+inline AttentionParams attention_params(const Arg& query, const Arg& k_cache, const Arg& v_cache, const Arg& table,
+                                        const Arg& seq_lens, int64_t page_size, int64_t pages_per_block,
+                                        std::optional<double> sm_scale) {
+    const DType dtype = dtype_of(query);
+    k_cache.expect_device_of(query);
+    k_cache.expect_dtype(query.dtype, " as query");
+    check_values_like_keys(k_cache, v_cache);
+    const int32_t rows_per_request = check_query(query, k_cache.sizes[3], k_cache.sizes[2], table.sizes[0]);
+    if (sm_scale && !std::isfinite(static_cast<float>(*sm_scale)))
+        fail("sm_scale must be None or a finite float32 number, got ", *sm_scale);
+    return {rows_of(query),
+            pool_of(k_cache),
+            pool_of(v_cache),
+            narrow("num_blocks", k_cache.sizes[0]),
+            paging_of(table, query, page_size, pages_per_block),
+            lengths_of(seq_lens, query.sizes[0], "query's number of rows", query),
+            nullptr,
+            nullptr,
+            1,
+            0,
+            {},
+            nullptr,
+            narrow("rows", query.sizes[0]),
+            rows_per_request,
+            narrow("query heads", query.sizes[1]),
+            narrow("num_kv_heads", k_cache.sizes[2]),
+            narrow("head_dim", query.sizes[2]),
+            static_cast<float>(sm_scale ? *sm_scale : 1.0 / std::sqrt(double(query.sizes[2]))),
+            dtype};
+}
+
 // The caller's out and lse, checked, or fresh ones.
 inline void bind_output(AttentionParams& params, const Arg& query, const Tensor& out_, const Tensor& lse_) {
     const Arg out("out", out_, {3}, "[rows, num_q_heads, head_dim]"), lse("lse", lse_, {2}, "[rows, num_q_heads]");

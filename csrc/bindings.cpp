@@ -38,6 +38,14 @@ PYBIND11_MODULE(_C, module) {
         "Thread blocks that serve one (row, KV head) in the one-launch quest_decode_attention, or, with max_pages "
         "0, in dense sparse_decode_attention with a workspace; 0: the portable path is taken.");
     module.def(
+        "plan_spare_blocks",
+        [](int capability, int num_sms, int64_t blocks, int head_dim, int64_t items) {
+            return quest::plan_spare_blocks({capability, num_sms}, blocks, head_dim, items);
+        },
+        py::arg("capability"), py::arg("num_sms"), py::arg("blocks"), py::arg("head_dim"), py::arg("items"),
+        "Thread blocks of quest_decode_step's one launch beside the `blocks` of its teams: they append `items` (token, "
+        "KV head) pairs; 0 with items: an append of its own comes first.");
+    module.def(
         "overlaps_launches", [](int capability) { return quest::overlaps_launches({capability, 1}); },
         py::arg("capability"), "Whether kernels are chained by programmatic dependent launch.");
 }

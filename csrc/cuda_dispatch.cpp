@@ -122,7 +122,7 @@ void sparse_decode_attention(const AttentionParams& params, const torch::stable:
           scope.chip);
 }
 
-bool fused_quest_decode_attention(const FusedParams& params, const torch::stable::Tensor& like,
+bool fused_quest_decode_attention(FusedParams params, const torch::stable::Tensor& like,
                                   const std::optional<torch::stable::Tensor>& workspace) {
     const AttentionParams& a = params.attention;
     const int32_t device = like.get_device_index();
@@ -131,6 +131,13 @@ bool fused_quest_decode_attention(const FusedParams& params, const torch::stable
     const int32_t group = a.num_q_heads / a.num_kv_heads, max_pages = a.paging.max_pages(),
                   team_log2 = plan_team(scope.chip, teams, group, a.head_dim, max_pages);
     if (team_log2 < 0 || a.num_blocks == 0) return false;
+    // A row of several sees its request's other new tokens, which only the cache has.
+    const int64_t items = int64_t(params.append.num_tokens) * a.num_kv_heads;
+    if (items > 0 &&
+        (a.rows_per_request > 1 || plan_spare_blocks(scope.chip, teams << team_log2, a.head_dim, items) == 0)) {
+        check(launch_append_paged_kv(params.append, scope.chip, scope.stream), "append_paged_kv", device, scope.chip);
+        params.append.num_tokens = 0;
+    }
     const int64_t words = teams * team_words(1 << team_log2, group, a.head_dim, max_pages);
     torch::stable::Tensor scratch;
     if (workspace) {
@@ -165,7 +172,7 @@ void sparse_decode_attention(const AttentionParams&, const torch::stable::Tensor
                              const std::optional<torch::stable::Tensor>&) {
     without_cuda();
 }
-bool fused_quest_decode_attention(const FusedParams&, const torch::stable::Tensor&,
+bool fused_quest_decode_attention(FusedParams, const torch::stable::Tensor&,
                                   const std::optional<torch::stable::Tensor>&) {
     without_cuda();
 }

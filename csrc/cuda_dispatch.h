@@ -20,7 +20,7 @@ void sparse_decode_attention(const AttentionParams& params, const torch::stable:
 
 // In one launch, where the planner says so; false, with nothing done, where the portable path is to be taken. Without a
 // workspace, scratch is allocated through torch and cleared first.
-bool fused_quest_decode_attention(const FusedParams& params, const torch::stable::Tensor& like,
+bool fused_quest_decode_attention(FusedParams params, const torch::stable::Tensor& like,
                                   const std::optional<torch::stable::Tensor>& workspace);
 
 }  // namespace quest::cuda

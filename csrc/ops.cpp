@@ -9,6 +9,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "arguments.h"
 #include "cpu/kernels.h"
@@ -28,53 +29,39 @@ Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, Scala
     return torch::stable::new_empty(like, sizes, dtype);
 }
 
-void append_paged_kv(Tensor key_, Tensor value_, Tensor k_cache_, Tensor v_cache_, Tensor metadata_, Tensor slots_,
-                     std::string bound_, double bound_scale) {
+void append_paged_kv(Tensor key, Tensor value, Tensor k_cache_, Tensor v_cache_, Tensor metadata_, Tensor slots_,
+                     std::string bound, double bound_scale) {
     const Arg k_cache = cache_arg("k_cache", k_cache_), v_cache = cache_arg("v_cache", v_cache_);
-    const Arg key("key", key_, {3}, "[tokens, num_kv_heads, head_dim]"),
-        value("value", value_, {3}, "[tokens, num_kv_heads, head_dim]");
     const Arg metadata("page_metadata", metadata_, {4, 5}, kMetadataShape),
         slots("slot_mapping", slots_, {1}, "[tokens]");
-    const DType dtype = dtype_of(k_cache);
-    check_values_like_keys(k_cache, v_cache);
-    for (const Arg* cache : {&k_cache, &v_cache, &metadata}) cache->expect_no_overlap();
-    for (const Arg* rows : {&key, &value}) {
-        rows->expect_device_of(k_cache);
-        rows->expect_dtype(k_cache.dtype, " as k_cache");
-        rows->expect_aligned_rows();
-        rows->expect_size(1, k_cache.sizes[2], "k_cache's num_kv_heads");
-        rows->expect_size(2, k_cache.sizes[3], "head_dim");
-    }
-    value.expect_size(0, key.sizes[0], "key's number of rows");
-    check_metadata_of_cache(metadata, k_cache);
-    const int32_t pages_per_block = check_metadata(metadata, k_cache.sizes[3]);
-    const int64_t page_size = page_size_of(k_cache, pages_per_block);
+    AppendParams params = append_params(key, value, k_cache, v_cache, metadata, bound, bound_scale);
     slots.expect_dtype(ScalarType::Long);
     slots.expect_device_of(k_cache);
     slots.expect_contiguous();
-    if (slots.sizes[0] > key.sizes[0])
-        fail("slot_mapping has ", slots.sizes[0], " entries, but key has only ", key.sizes[0], " rows");
-    const BoundRule bound = bound_of(bound_, bound_scale);
-
-    const AppendParams params{rows_of(key),
-                              rows_of(value),
-                              pool_of(k_cache),
-                              pool_of(v_cache),
-                              metadata_of(metadata),
-                              slots.data_as<const int64_t>(),
-                              narrow("slot_mapping's length", slots.sizes[0]),
-                              narrow("num_kv_heads", k_cache.sizes[2]),
-                              narrow("head_dim", k_cache.sizes[3]),
-                              static_cast<int32_t>(page_size),
-                              pages_per_block,
-                              dtype,
-                              bound};
+    if (slots.sizes[0] > params.num_tokens)
+        fail("slot_mapping has ", slots.sizes[0], " entries, but key has only ", params.num_tokens, " rows");
+    params.slot_mapping = slots.data_as<const int64_t>();
+    params.num_tokens = static_cast<int32_t>(slots.sizes[0]);
     if (params.num_tokens == 0 || params.num_kv_heads == 0) return;
     if (k_cache.tensor.is_cuda()) return cuda::append_paged_kv(params, k_cache.tensor.get_device_index());
     const int64_t capacity = k_cache.sizes[0] * k_cache.sizes[1];
     for (int32_t i = 0; i < params.num_tokens; ++i)
         if (params.slot_mapping[i] >= capacity)
             fail("slot_mapping[", i, "] is ", params.slot_mapping[i], ", but the cache has slots 0..", capacity - 1);
+    cpu::append_paged_kv(params);
+}
+
+// On the CPU: where each row's last token goes, then as any append.
+void append_last_tokens(AppendParams params) {
+    const Paging& paging = params.paging;
+    std::vector<int64_t> slots(params.num_tokens, -1);
+    for (int32_t i = 0; i < params.num_tokens; ++i) {
+        const int64_t at = std::min<int64_t>(params.seq_lens[i], int64_t(paging.max_blocks) * paging.block_size()) - 1;
+        if (at < 0) continue;
+        const int64_t entry = i / params.rows_per_request * paging.table_stride + at / paging.block_size();
+        slots[i] = int64_t(paging.block_table[entry]) * paging.block_size() + at % paging.block_size();
+    }
+    params.slot_mapping = slots.data();
     cpu::append_paged_kv(params);
 }
 
@@ -105,30 +92,6 @@ void update_page_metadata(Tensor k_cache_, Tensor metadata_, Tensor table_, Tens
     if (k_cache.tensor.is_cuda()) return cuda::update_page_metadata(params, k_cache.tensor.get_device_index());
     check_table_values(params.paging, params.num_requests, params.seq_lens, 1, k_cache.sizes[0]);
     cpu::update_page_metadata(params);
-}
-
-EstimateParams estimate_params(const Arg& query, const Arg& metadata, const Arg& table, const Arg& seq_lens,
-                               int64_t page_size, HeadReduction reduction) {
-    const DType dtype = dtype_of(query);
-    expect_one_of("head_dim", query.sizes[2], {64, 128, 256});
-    check_metadata_dtype(metadata, query);
-    const int32_t pages_per_block = check_metadata(metadata, query.sizes[2]);
-    check_page_size(page_size, pages_per_block);
-    const int32_t rows_per_request = check_query(query, query.sizes[2], metadata.sizes[1], table.sizes[0]);
-    return {rows_of(query),
-            metadata_of(metadata),
-            paging_of(table, query, page_size, pages_per_block),
-            lengths_of(seq_lens, query.sizes[0], "query's number of rows", query),
-            nullptr,
-            narrow("rows", query.sizes[0]),
-            rows_per_request,
-            narrow("query heads", query.sizes[1]),
-            narrow("num_kv_heads", metadata.sizes[1]),
-            narrow("head_dim", query.sizes[2]),
-            reduction,
-            dtype,
-            true,
-            0};
 }
 
 Tensor estimate_page_scores(Tensor query_, Tensor metadata_, Tensor table_, Tensor seq_lens_, int64_t page_size,
@@ -188,38 +151,8 @@ std::tuple<Tensor, Tensor> select_topk_pages(Tensor scores_, Tensor seq_lens_, i
     return {page_ids, page_counts};
 }
 
-AttentionParams attention_params(const Arg& query, const Arg& k_cache, const Arg& v_cache, const Arg& table,
-                                 const Arg& seq_lens, int64_t page_size, int64_t pages_per_block,
-                                 std::optional<double> sm_scale) {
-    const DType dtype = dtype_of(query);
-    k_cache.expect_device_of(query);
-    k_cache.expect_dtype(query.dtype, " as query");
-    check_values_like_keys(k_cache, v_cache);
-    const int32_t rows_per_request = check_query(query, k_cache.sizes[3], k_cache.sizes[2], table.sizes[0]);
-    if (sm_scale && !std::isfinite(static_cast<float>(*sm_scale)))
-        fail("sm_scale must be None or a finite float32 number, got ", *sm_scale);
-    return {rows_of(query),
-            pool_of(k_cache),
-            pool_of(v_cache),
-            narrow("num_blocks", k_cache.sizes[0]),
-            paging_of(table, query, page_size, pages_per_block),
-            lengths_of(seq_lens, query.sizes[0], "query's number of rows", query),
-            nullptr,
-            nullptr,
-            1,
-            0,
-            {},
-            nullptr,
-            narrow("rows", query.sizes[0]),
-            rows_per_request,
-            narrow("query heads", query.sizes[1]),
-            narrow("num_kv_heads", k_cache.sizes[2]),
-            narrow("head_dim", query.sizes[2]),
-            static_cast<float>(sm_scale ? *sm_scale : 1.0 / std::sqrt(double(query.sizes[2]))),
-            dtype};
-}
-
 std::tuple<Tensor, Tensor> new_output(const Tensor& query) {
+    if (query.dim() != 3) fail("query must have shape [rows, num_q_heads, head_dim], got ", query.dim(), " dimensions");
     return {new_empty(query, {query.size(0), query.size(1), query.size(2)}, query.scalar_type()),
             new_empty(query, {query.size(0), query.size(1)}, ScalarType::Float)};
 }
@@ -273,18 +206,24 @@ std::tuple<Tensor, Tensor> sparse_decode_attention(Tensor query, Tensor k_cache,
                                                    Tensor seq_lens, std::optional<Tensor> page_ids,
                                                    std::optional<Tensor> page_counts, std::optional<int64_t> page_size,
                                                    std::optional<double> sm_scale, std::optional<Tensor> workspace) {
-    if (query.dim() != 3) fail("query must have shape [rows, num_q_heads, head_dim], got ", query.dim(), " dimensions");
     auto [out, lse] = new_output(query);
     sparse_decode_attention_out(query, k_cache, v_cache, table, seq_lens, page_ids, page_counts, page_size, sm_scale,
                                 workspace, out, lse);
     return {out, lse};
 }
 
-void quest_decode_attention_out(Tensor query_, Tensor k_cache_, Tensor v_cache_, Tensor metadata_, Tensor table_,
-                                Tensor seq_lens_, int64_t page_budget, int64_t sink_pages, int64_t recent_pages,
-                                std::string head_reduction, std::optional<double> sm_scale,
-                                std::optional<Tensor> page_budgets, std::optional<Tensor> workspace, Tensor out,
-                                Tensor lse) {
+// The rows' new keys and values, which a step may append first.
+struct NewTokens {
+    Tensor key, value;
+    std::string bound;
+    double bound_scale;
+};
+
+void quest_decode(const Tensor& query_, const Tensor& k_cache_, const Tensor& v_cache_, const Tensor& metadata_,
+                  const Tensor& table_, const Tensor& seq_lens_, int64_t page_budget, int64_t sink_pages,
+                  int64_t recent_pages, const std::string& head_reduction, std::optional<double> sm_scale,
+                  const std::optional<Tensor>& page_budgets, const std::optional<Tensor>& workspace,
+                  const NewTokens* tokens, const Tensor& out, const Tensor& lse) {
     const Arg query("query", query_, {3}, "[rows, num_q_heads, head_dim]");
     const Arg k_cache = cache_arg("k_cache", k_cache_), v_cache = cache_arg("v_cache", v_cache_);
     const Arg metadata("page_metadata", metadata_, {4, 5}, kMetadataShape);
@@ -303,13 +242,29 @@ void quest_decode_attention_out(Tensor query_, Tensor k_cache_, Tensor v_cache_,
     const int32_t* budgets = budgets_of(page_budgets, query, query.sizes[0], heads, &budget_heads);
     bind_output(attention, query, out, lse);
     check_workspace(workspace, query);
+    AppendParams append{};
+    if (tokens) {
+        append =
+            append_params(tokens->key, tokens->value, k_cache, v_cache, metadata, tokens->bound, tokens->bound_scale);
+        if (append.num_tokens != attention.num_rows)
+            fail("key has ", append.num_tokens, " rows, but query has ", attention.num_rows);
+        append.seq_lens = attention.seq_lens;
+        append.paging = attention.paging;
+        append.rows_per_request = attention.rows_per_request;
+        if (append.paging.max_blocks == 0) append.num_tokens = 0;
+    }
     if (query.tensor.numel() == 0) return;
+    const bool on_gpu = query.tensor.is_cuda();
+    const int32_t device = query.tensor.get_device_index();
+    if (!on_gpu)
+        check_table_values(attention.paging, table.sizes[0], attention.seq_lens, attention.rows_per_request,
+                           k_cache.sizes[0]);
 
     // A budget that covers the whole table leaves nothing to select.
     const int32_t max_pages = estimate.paging.max_pages();
     const bool covers = page_budget >= max_pages && !budgets;
     const int64_t kept = std::min<int64_t>(page_budget, std::max(max_pages, 1));
-    if (query.tensor.is_cuda() && estimate.head_reduction != HeadReduction::kNone && !covers) {
+    if (on_gpu && estimate.head_reduction != HeadReduction::kNone && !covers) {
         const FusedParams fused{attention,
                                 estimate.metadata,
                                 estimate.head_reduction,
@@ -317,8 +272,15 @@ void quest_decode_attention_out(Tensor query_, Tensor k_cache_, Tensor v_cache_,
                                 budget_heads,
                                 static_cast<int32_t>(kept),
                                 static_cast<int32_t>(sink_pages),
-                                static_cast<int32_t>(recent_pages)};
+                                static_cast<int32_t>(recent_pages),
+                                append};
         if (cuda::fused_quest_decode_attention(fused, query_, workspace)) return;
+    }
+    if (append.num_tokens > 0) {
+        if (on_gpu)
+            cuda::append_paged_kv(append, device);
+        else
+            append_last_tokens(append);
     }
     Tensor scores, page_ids, page_counts;
     SelectParams select{};
@@ -346,22 +308,27 @@ void quest_decode_attention_out(Tensor query_, Tensor k_cache_, Tensor v_cache_,
                   static_cast<int32_t>(kept),
                   static_cast<int32_t>(sink_pages),
                   static_cast<int32_t>(recent_pages)};
-    }
-    if (query.tensor.is_cuda()) {
-        const int32_t device = query.tensor.get_device_index();
-        if (!covers) {
+        if (on_gpu) {
             cuda::estimate_page_scores(estimate, device);
             cuda::select_topk_pages(select, device);
+        } else {
+            cpu::estimate_page_scores(estimate);
+            cpu::select_topk_pages(select);
         }
-        return cuda::sparse_decode_attention(attention, query_, workspace);
     }
-    check_table_values(attention.paging, table.sizes[0], attention.seq_lens, attention.rows_per_request,
-                       k_cache.sizes[0]);
-    if (!covers) {
-        cpu::estimate_page_scores(estimate);
-        cpu::select_topk_pages(select);
-    }
-    cpu::sparse_decode_attention(attention);
+    if (on_gpu)
+        cuda::sparse_decode_attention(attention, query_, workspace);
+    else
+        cpu::sparse_decode_attention(attention);
+}
+
+void quest_decode_attention_out(Tensor query, Tensor k_cache, Tensor v_cache, Tensor metadata, Tensor table,
+                                Tensor seq_lens, int64_t page_budget, int64_t sink_pages, int64_t recent_pages,
+                                std::string head_reduction, std::optional<double> sm_scale,
+                                std::optional<Tensor> page_budgets, std::optional<Tensor> workspace, Tensor out,
+                                Tensor lse) {
+    quest_decode(query, k_cache, v_cache, metadata, table, seq_lens, page_budget, sink_pages, recent_pages,
+                 head_reduction, sm_scale, page_budgets, workspace, nullptr, out, lse);
 }
 
 std::tuple<Tensor, Tensor> quest_decode_attention(Tensor query, Tensor k_cache, Tensor v_cache, Tensor metadata,
@@ -369,10 +336,31 @@ std::tuple<Tensor, Tensor> quest_decode_attention(Tensor query, Tensor k_cache, 
                                                   int64_t sink_pages, int64_t recent_pages, std::string head_reduction,
                                                   std::optional<double> sm_scale, std::optional<Tensor> page_budgets,
                                                   std::optional<Tensor> workspace) {
-    if (query.dim() != 3) fail("query must have shape [rows, num_q_heads, head_dim], got ", query.dim(), " dimensions");
     auto [out, lse] = new_output(query);
-    quest_decode_attention_out(query, k_cache, v_cache, metadata, table, seq_lens, page_budget, sink_pages,
-                               recent_pages, head_reduction, sm_scale, page_budgets, workspace, out, lse);
+    quest_decode(query, k_cache, v_cache, metadata, table, seq_lens, page_budget, sink_pages, recent_pages,
+                 head_reduction, sm_scale, page_budgets, workspace, nullptr, out, lse);
+    return {out, lse};
+}
+
+void quest_decode_step_out(Tensor query, Tensor key, Tensor value, Tensor k_cache, Tensor v_cache, Tensor metadata,
+                           Tensor table, Tensor seq_lens, int64_t page_budget, int64_t sink_pages, int64_t recent_pages,
+                           std::string head_reduction, std::string bound, double bound_scale,
+                           std::optional<double> sm_scale, std::optional<Tensor> page_budgets,
+                           std::optional<Tensor> workspace, Tensor out, Tensor lse) {
+    const NewTokens tokens{key, value, bound, bound_scale};
+    quest_decode(query, k_cache, v_cache, metadata, table, seq_lens, page_budget, sink_pages, recent_pages,
+                 head_reduction, sm_scale, page_budgets, workspace, &tokens, out, lse);
+}
+
+std::tuple<Tensor, Tensor> quest_decode_step(Tensor query, Tensor key, Tensor value, Tensor k_cache, Tensor v_cache,
+                                             Tensor metadata, Tensor table, Tensor seq_lens, int64_t page_budget,
+                                             int64_t sink_pages, int64_t recent_pages, std::string head_reduction,
+                                             std::string bound, double bound_scale, std::optional<double> sm_scale,
+                                             std::optional<Tensor> page_budgets, std::optional<Tensor> workspace) {
+    auto [out, lse] = new_output(query);
+    quest_decode_step_out(query, key, value, k_cache, v_cache, metadata, table, seq_lens, page_budget, sink_pages,
+                          recent_pages, head_reduction, bound, bound_scale, sm_scale, page_budgets, workspace, out,
+                          lse);
     return {out, lse};
 }
 
@@ -385,6 +373,8 @@ void implement(torch::stable::detail::StableLibrary& library) {
     library.impl("sparse_decode_attention_out", TORCH_BOX(&sparse_decode_attention_out));
     library.impl("quest_decode_attention", TORCH_BOX(&quest_decode_attention));
     library.impl("quest_decode_attention_out", TORCH_BOX(&quest_decode_attention_out));
+    library.impl("quest_decode_step", TORCH_BOX(&quest_decode_step));
+    library.impl("quest_decode_step_out", TORCH_BOX(&quest_decode_step_out));
 }
 
 }  // namespace
@@ -432,6 +422,16 @@ STABLE_TORCH_LIBRARY(quest_ops, library) {
         "Tensor block_table, Tensor seq_lens, int page_budget, int sink_pages, int recent_pages, str head_reduction, "
         "*, float? sm_scale=None, Tensor? page_budgets=None, Tensor(a!)? workspace=None, Tensor(b!) out, "
         "Tensor(c!) lse) -> ()");
+    library.def(
+        "quest_decode_step(Tensor query, Tensor key, Tensor value, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+        "Tensor(c!) page_metadata, Tensor block_table, Tensor seq_lens, int page_budget, int sink_pages, "
+        "int recent_pages, str head_reduction, *, str bound=\"minmax\", float bound_scale=1.0, float? sm_scale=None, "
+        "Tensor? page_budgets=None, Tensor(d!)? workspace=None) -> (Tensor, Tensor)");
+    library.def(
+        "quest_decode_step_out(Tensor query, Tensor key, Tensor value, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+        "Tensor(c!) page_metadata, Tensor block_table, Tensor seq_lens, int page_budget, int sink_pages, "
+        "int recent_pages, str head_reduction, *, str bound=\"minmax\", float bound_scale=1.0, float? sm_scale=None, "
+        "Tensor? page_budgets=None, Tensor(d!)? workspace=None, Tensor(e!) out, Tensor(f!) lse) -> ()");
 }
 // clang-format on
 

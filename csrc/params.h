@@ -52,8 +52,13 @@ struct AppendParams {
     Rows key, value;  // [X, Hkv, D]
     Pool k_cache, v_cache;
     Metadata metadata;
-    const int64_t* slot_mapping;  // [N]; slot = block * S + offset, negative: skip
-    int32_t num_tokens;           // N
+    // [N]; slot = block * S + offset, negative: skip. Null, on a GPU: row i is the last of its seq_lens[i] tokens,
+    // clamped to the block table of request i / rows_per_request; of no tokens: skip.
+    const int64_t* slot_mapping;
+    const int32_t* seq_lens;
+    Paging paging;
+    int32_t rows_per_request;
+    int32_t num_tokens;  // N
     int32_t num_kv_heads, head_dim, page_size, pages_per_block;
     DType dtype;
     BoundRule bound;
@@ -123,6 +128,7 @@ struct FusedParams {
     const int32_t* page_budgets;   // [R, 1 or Hkv] or null
     int32_t budget_heads;
     int32_t page_budget, sink_pages, recent_pages;
+    AppendParams append;  // of the rows' last tokens, in the same launch; num_tokens 0: nothing
 };
 
 }  // namespace quest

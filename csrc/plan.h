@@ -74,21 +74,33 @@ QUEST_HOST_DEVICE inline int64_t team_words(int32_t team_size, int32_t group, in
     return kMaxTeam + int64_t(2) * team_size * group * head_dim + shortlist_words(max_pages) + (max_pages + 3) / 4 * 4;
 }
 
+// Blocks that are on the chip at once.
+inline int64_t resident_blocks(Chip chip, int32_t head_dim) {
+    return int64_t(chip.num_sms) * (head_dim <= 128 ? 2 : 1);
+}
+
 // Returns n; -1: take the portable path. max_pages 0: dense attention, nothing is selected.
 inline int32_t plan_team(Chip chip, int64_t teams, int32_t group, int32_t head_dim, int32_t max_pages) {
     if (chip.capability < 90 || group > kMaxTeamGroup || teams == 0 || max_pages > kMaxFusedPages) return -1;
     // A block an SM leaves room for the next launch's beside it, and was faster than two an SM wherever a team then has
     // four blocks or more (docs/performance.md).
-    const int64_t resident = int64_t(chip.num_sms) * (head_dim <= 128 ? 2 : 1);
     auto largest = [&](int64_t blocks) {
         int32_t n = kMaxTeamLog2;
         while (n > 0 && teams << n > blocks) --n;
         return n;
     };
     int32_t n = largest(chip.num_sms);
-    if (n < 2) n = largest(resident);
+    if (n < 2) n = largest(resident_blocks(chip, head_dim));
     const int64_t bytes = teams * team_words(1 << n, group, head_dim, max_pages) * 4;
     return n > 0 && bytes <= kWorkspaceBytes ? n : -1;
+}
+
+// Blocks of the same launch beside `blocks` of teams: they append `items` (token, KV head) pairs, a warp each. Up to a
+// block an SM the grid is filled in any case, so that the next launch finds every SM alike. 0 with items to append: no
+// room.
+inline int32_t plan_spare_blocks(Chip chip, int64_t blocks, int32_t head_dim, int64_t items) {
+    const int64_t fill = std::max<int64_t>(chip.num_sms - blocks, 0), room = resident_blocks(chip, head_dim) - blocks;
+    return static_cast<int32_t>(std::max(fill, std::min<int64_t>(room, ceil_div(items, kTeamWarps))));
 }
 
 }  // namespace quest

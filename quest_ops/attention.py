@@ -204,53 +204,42 @@ class QuestAttention:
         """
         self._check_inputs(layer, query, key, value)
         cache, config = self.cache, self.config
-        k_cache, v_cache, metadata = cache.k_cache(layer), cache.v_cache(layer), cache.page_metadata(layer)
-        ops.append_paged_kv(
-            key,
-            value,
-            k_cache,
-            v_cache,
-            metadata,
-            self.slot_mapping,
-            bound=config.bound,
-            bound_scale=config.bound_scale,
-        )
+        caches = cache.k_cache(layer), cache.v_cache(layer), cache.page_metadata(layer)
+        bound = {"bound": config.bound, "bound_scale": config.bound_scale}
+        if self.step_kind == "quest" and not self.uses_kept and layer not in self._dense_layers:
+            page_budget, page_budgets = self.budgets_of(layer)
+            out, _ = ops.quest_decode_step(
+                query,
+                key,
+                value,
+                *caches,
+                self.request_table,
+                self.seq_lens,
+                page_budget,
+                config.sink_pages,
+                config.recent_pages,
+                config.head_reduction,
+                **bound,
+                sm_scale=self.sm_scale,
+                page_budgets=page_budgets,
+                workspace=self._workspace,
+            )
+            return out
+        ops.append_paged_kv(key, value, *caches, self.slot_mapping, **bound)
         if self.step_kind == "prefill" or self.backend == "sdpa":
             return self._run_sdpa(layer, query)
         if self._flashinfer is not None:
             return self._flashinfer.run(layer, query)
-        pages = None
-        if self.step_kind == "dense" or layer in self._dense_layers:
-            pages = ()  # all
-        elif self.uses_kept:
-            pages = self.kept_pages(layer, query)
-        if pages is not None:
-            out, _ = ops.sparse_decode_attention(
-                query,
-                k_cache,
-                v_cache,
-                self.request_table,
-                self.seq_lens,
-                *pages,
-                page_size=config.page_size,
-                sm_scale=self.sm_scale,
-                workspace=self._workspace,
-            )
-            return out
-        page_budget, page_budgets = self.budgets_of(layer)
-        out, _ = ops.quest_decode_attention(
+        keeps = self.uses_kept and layer not in self._dense_layers
+        pages = self.kept_pages(layer, query) if keeps else ()  # (): all
+        out, _ = ops.sparse_decode_attention(
             query,
-            k_cache,
-            v_cache,
-            metadata,
+            *caches[:2],
             self.request_table,
             self.seq_lens,
-            page_budget,
-            config.sink_pages,
-            config.recent_pages,
-            config.head_reduction,
+            *pages,
+            page_size=config.page_size,
             sm_scale=self.sm_scale,
-            page_budgets=page_budgets,
             workspace=self._workspace,
         )
         return out

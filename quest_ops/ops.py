@@ -266,6 +266,72 @@ def quest_decode_attention(
     return out, lse
 
 
+def quest_decode_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_metadata: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    page_budget: int,
+    sink_pages: int,
+    recent_pages: int,
+    head_reduction: str,
+    *,
+    bound: str = "minmax",
+    bound_scale: float = 1.0,
+    sm_scale: float | None = None,
+    page_budgets: Tensor | None = None,
+    workspace: Tensor | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A decoder's step in one call: `append_paged_kv` of each row's last token, then `quest_decode_attention`.
+
+    Args:
+        key, value: `[R, Hkv, D]` of query's dtype: of token `seq_lens[r] - 1` of row `r`, which goes to its place by
+            the block table and is seen by the row (and by later rows of its request). Of an empty slot: not used.
+        k_cache, v_cache, page_metadata: written in place.
+        bound, bound_scale: as in `append_paged_kv`.
+
+    The others, results and errors are those of the two ops, and so are all bits that it writes, with one condition: no
+    other request's row may see a page that this call appends to (full pages may be shared).
+
+    Where `quest_decode_attention` is one launch, so is this, for one row a request and unless the teams fill the chip:
+    it takes about as long as attention alone.
+    """
+    if _checking() and _has_values(k_cache, (4,)):
+        _check_block_table(block_table, seq_lens, k_cache.size(1), k_cache.size(0))
+    arguments = (
+        query,
+        key,
+        value,
+        k_cache,
+        v_cache,
+        page_metadata,
+        block_table,
+        seq_lens,
+        page_budget,
+        sink_pages,
+        recent_pages,
+        head_reduction,
+    )
+    options = {
+        "bound": bound,
+        "bound_scale": bound_scale,
+        "sm_scale": sm_scale,
+        "page_budgets": page_budgets,
+        "workspace": workspace,
+    }
+    if out is None and lse is None:
+        return _ops.quest_decode_step(*arguments, **options)
+    out, lse = _both_outputs(query, out, lse)
+    _ops.quest_decode_step_out(*arguments, **options, out=out, lse=lse)
+    return out, lse
+
+
 def _both_outputs(query: Tensor, out: Tensor | None, lse: Tensor | None) -> tuple[Tensor, Tensor]:
     if out is None:
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -374,11 +440,13 @@ def _(scores, seq_lens, page_size, page_budget, sink_pages, recent_pages, *, pag
 
 @_fake("sparse_decode_attention")
 @_fake("quest_decode_attention")
+@_fake("quest_decode_step")
 def _(query, *inputs, **options):
     return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=torch.float32)
 
 
 @_fake("sparse_decode_attention_out")
 @_fake("quest_decode_attention_out")
+@_fake("quest_decode_step_out")
 def _(*inputs, **outputs):
     return None

@@ -244,6 +244,31 @@ def quest_decode_attention(
     )
 
 
+def quest_decode_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_metadata: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *choice,
+    bound: str = "minmax",
+    bound_scale: float = 1.0,
+    **options,
+) -> tuple[Tensor, Tensor]:
+    """`append_paged_kv` of each row's last token, then `quest_decode_attention` with `choice` and `options`."""
+    block_size, rows_per_request = k_cache.size(1), len(query) // max(len(block_table), 1)
+    slots = torch.full((len(query),), -1, dtype=torch.int64, device=query.device)
+    for r, length in enumerate(seq_lens.tolist()):
+        at = _clamp_length(length, block_table.size(1) * block_size) - 1
+        if at >= 0:
+            slots[r] = int(block_table[r // rows_per_request, at // block_size]) * block_size + at % block_size
+    append_paged_kv(key, value, k_cache, v_cache, page_metadata, slots, bound=bound, bound_scale=bound_scale)
+    return quest_decode_attention(query, k_cache, v_cache, page_metadata, block_table, seq_lens, *choice, **options)
+
+
 def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 

@@ -96,6 +96,10 @@ class Problem:
         inputs = self.query, self.k, self.v, self.metadata, self.table, self.lens
         return quest_ops.quest_decode_attention(*inputs, budget, sink, recent, reduction, **options)
 
+    def step(self, key, value, budget, sink=1, recent=2, reduction="max", **options):
+        inputs = self.query, key, value, self.k, self.v, self.metadata, self.table, self.lens
+        return quest_ops.quest_decode_step(*inputs, budget, sink, recent, reduction, **options)
+
     def select(self, budget, sink=1, recent=2, reduction="max", page_budgets=None):
         scores = quest_ops.estimate_page_scores(self.query, self.metadata, self.table, self.lens, self.page, reduction)
         return quest_ops.select_topk_pages(

@@ -185,13 +185,13 @@ def test_plan_writes_the_budgets_of_the_rows_where_they_are(device):
     ],
 )
 def test_budgets_of_rows_are_given_where_they_differ(monkeypatch, dense_below, page_budget, given):
-    calls, op = [], ops.quest_decode_attention
+    calls, op = [], ops.quest_decode_step
 
     def noted(*inputs, **options):
-        calls.append((inputs[6], options["page_budgets"] is not None))
+        calls.append((inputs[8], options["page_budgets"] is not None))
         return op(*inputs, **options)
 
-    monkeypatch.setattr(ops, "quest_decode_attention", noted)
+    monkeypatch.setattr(ops, "quest_decode_step", noted)
     last_outputs(make_attention(make_cache(), make_config(dense_below=dense_below)), [40 * PAGE], 1)
     assert calls == [(page_budget, given)]
 

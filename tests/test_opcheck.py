@@ -22,6 +22,8 @@ OPS = (
     "sparse_decode_attention_out",
     "quest_decode_attention",
     "quest_decode_attention_out",
+    "quest_decode_step",
+    "quest_decode_step_out",
 )
 
 
@@ -58,6 +60,10 @@ def samples(op, shape, device):
     else:
         options = outputs if op.endswith("_out") else {}
         inputs = case.query, *caches, case.page_metadata, *tables, 6, 1, 2
+        if op.startswith("quest_decode_step"):
+            _, key, value = fused_slices(shape, shape.num_rows, shape.generator(), device)
+            inputs = case.query, key, value, *inputs[1:]
+            options = options | {"bound": "mean_std", "bound_scale": 1.5}
         yield (*inputs, "max"), options
         yield (*inputs, "none"), dict(sm_scale=0.1, page_budgets=budgets, **options)
 

@@ -154,3 +154,24 @@ def test_all_blocks_of_a_team_are_resident(num_sms, head_dim, max_pages):
 @pytest.mark.parametrize(("capability", "overlaps"), [(80, False), (86, False), (89, False), (90, True), (120, True)])
 def test_launches_overlap_from_sm_90(capability, overlaps):
     assert _C.overlaps_launches(capability=capability) is overlaps
+
+
+@pytest.mark.parametrize(
+    ("blocks", "head_dim", "items", "spare"),
+    [
+        (128, 128, 8, 4),  # a block for every SM
+        (128, 128, 0, 4),
+        (128, 128, 64, 8),  # a warp for each token and KV head
+        (132, 128, 8, 1),
+        (132, 128, 0, 0),
+        (256, 128, 64, 8),
+        (256, 128, 1000, 8),  # as many as fit beside the teams: a warp takes several
+        (264, 128, 66, 0),  # none does: an append comes first
+        (64, 256, 64, 68),
+        (128, 256, 64, 4),  # D of 256: one an SM
+        (132, 256, 33, 0),
+    ],
+)
+def test_blocks_that_append(blocks, head_dim, items, spare):
+    planned = _C.plan_spare_blocks(**H100, blocks=blocks, head_dim=head_dim, items=items)
+    assert planned == spare

@@ -56,10 +56,11 @@ class GrowingDecode:
         place = self.lens.long()[:, None]
         self.lens += 1
         results = []
-        for layer in self.layers:
+        for layer in self.layers[:2]:
             slots = layer.blocks.gather(1, place // 16) * 16 + place % 16
             quest_ops.append_paged_kv(key, value, layer.k, layer.v, layer.metadata, slots.squeeze(1))
             results.append(layer.fused(32, workspace=self.workspace))
+        results += [layer.step(key, value, 32, workspace=self.workspace) for layer in self.layers[2:]]
         self.time += 1
         return results
 
@@ -92,7 +93,8 @@ def replays_of_a_graph():
 
 
 class Mixture:
-    """Four kinds of steps: teams of 16 and of 4, shortlists, dense attention. One stream at a time."""
+    """Four kinds of steps: teams of 16 and of 4, shortlists, dense attention; of the first also with its append, which
+    writes what is there. One stream at a time."""
 
     def __init__(self, seed, device="cuda"):
         sizes = {"seed": seed, "device": device}
@@ -101,12 +103,17 @@ class Mixture:
             Problem([2000, 1, 900, 0], 8, 4, metadata_dtype=FP8, **sizes),
             Problem([40_000], 2, 4, page=8, metadata_dtype=FP8, **sizes),
         ]
-        self.expected = [problem.separate(24) for problem in self.problems] + [self.problems[0].dense()]
+        first = self.problems[0]
+        last = first.lengths.long() - 1
+        place = first.blocks[0, last // 16], last % 16
+        self.own = first.k[place], first.v[place]
+        self.expected = [problem.separate(24) for problem in self.problems] + [first.dense(), first.separate(24)]
         self.workspace = new_workspace(device)
 
     def launch(self):
         results = [problem.fused(24, workspace=self.workspace) for problem in self.problems]
-        return results + [self.problems[0].dense(workspace=self.workspace)]
+        first = self.problems[0]
+        return results + [first.dense(workspace=self.workspace), first.step(*self.own, 24, workspace=self.workspace)]
 
     def check(self, results):
         for result, expected in zip(results, self.expected, strict=True):

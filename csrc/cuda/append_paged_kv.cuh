@@ -1,29 +1,39 @@
-// Writes new keys and values to their slots and the metadata of each touched page afresh from its stored keys.
-// Grid (N, Hkv), one warp a token and head: the first token of a page's run does the whole page, the others leave.
-// Bound by latency: a decode step touches one page a sequence and head.
+// Writes new keys and values to their slots and the metadata of each touched page afresh from its stored keys, by one
+// warp a token and head: the first token of a page's run does the whole page, the others nothing. Alone, in a grid (N,
+// Hkv), or by blocks that a decode step's launch has to spare. Bound by latency: a decode step touches one page a
+// sequence and head.
 #pragma once
 #include "page_bounds.cuh"
 
 namespace quest::cuda {
 
+__device__ __forceinline__ int64_t slot_of(const AppendParams& p, int token) {
+    if (p.slot_mapping) return p.slot_mapping[token];
+    const int block_size = p.page_size * p.pages_per_block;
+    const int at = min(p.seq_lens[token], p.paging.max_blocks * block_size) - 1;
+    if (at < 0) return -1;
+    const int64_t entry = token / p.rows_per_request * p.paging.table_stride + at / block_size;
+    return int64_t(p.paging.block_table[entry]) * block_size + at % block_size;
+}
+
 // Whether the nearest earlier token that is not skipped goes to the same page.
-__device__ __forceinline__ bool continues_page(const int64_t* slots, int token, int64_t page, int page_size) {
-    for (int earlier = token - 1; earlier >= 0; --earlier)
-        if (slots[earlier] >= 0) return slots[earlier] / page_size == page;
+__device__ __forceinline__ bool continues_page(const AppendParams& p, int token, int64_t page) {
+    for (int earlier = token - 1; earlier >= 0; --earlier) {
+        const int64_t slot = slot_of(p, earlier);
+        if (slot >= 0) return slot / p.page_size == page;
+    }
     return false;
 }
 
+// Not inline: a decode step's code would be longer to fetch.
 template <class T, class M, int D>
-__global__ void __launch_bounds__(kWarp) append_paged_kv_kernel(const AppendParams p) {
+__device__ __noinline__ void append_by_warp(const AppendParams& p, int token, int head) {
     constexpr int kLanesPerRow = D / 8;
-    let_successor_start();
-    wait_for_predecessor();
-
-    const int token = blockIdx.x, head = blockIdx.y, lane = threadIdx.x;
-    const int64_t slot = p.slot_mapping[token];
+    const int lane = threadIdx.x % kWarp;
+    const int64_t slot = slot_of(p, token);
     if (slot < 0) return;
     const int64_t page = slot / p.page_size;
-    if (continues_page(p.slot_mapping, token, page, p.page_size)) return;
+    if (continues_page(p, token, page)) return;
 
     const int64_t block = page / p.pages_per_block;
     const int part = page % p.pages_per_block;
@@ -33,7 +43,7 @@ __global__ void __launch_bounds__(kWarp) append_paged_kv_kernel(const AppendPara
                 part * p.page_size * p.v_cache.token_stride + head * p.v_cache.head_stride;
     int highest = 0;
     for (int i = token; i < p.num_tokens; ++i) {
-        const int64_t at = p.slot_mapping[i];
+        const int64_t at = slot_of(p, i);
         if (at < 0) continue;
         if (at / p.page_size != page) break;
         const int offset = at % p.page_size;
@@ -51,6 +61,22 @@ __global__ void __launch_bounds__(kWarp) append_paged_kv_kernel(const AppendPara
     M* bounds = static_cast<M*>(p.metadata.data) + block * p.metadata.block_stride + head * p.metadata.head_stride +
                 part * (2 * D);
     store_page_bounds<T, M, D>(keys, p.k_cache.token_stride, highest + 1, p.bound, bounds);
+}
+
+template <class T, class M, int D>
+__global__ void __launch_bounds__(kWarp) append_paged_kv_kernel(const __grid_constant__ AppendParams p) {
+    let_successor_start();
+    wait_for_predecessor();
+    append_by_warp<T, M, D>(p, blockIdx.x, blockIdx.y);
+}
+
+// Everything, by blocks number `first` and later of a grid.
+template <class T, class M, int D>
+__device__ __forceinline__ void append_by_spare_blocks(const AppendParams& p, int first) {
+    const int warps = blockDim.x / kWarp, items = p.num_tokens * p.num_kv_heads;
+    for (int item = (blockIdx.x - first) * warps + threadIdx.x / kWarp; item < items;
+         item += (gridDim.x - first) * warps)
+        append_by_warp<T, M, D>(p, item / p.num_kv_heads, item % p.num_kv_heads);
 }
 
 }  // namespace quest::cuda

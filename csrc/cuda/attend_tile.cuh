@@ -8,10 +8,11 @@ namespace quest::cuda {
 
 constexpr int kGroupHeads = 8;
 
-// Eight tokens that lie in one page: its block, the first token's place in the block, and how many of them the row
-// sees.
+// Eight tokens that lie in one page: its block, the first token's place in the block, how many of them the row sees,
+// and whether the last of these is the step's own, which may not be in the cache yet.
 struct Run {
     int block, offset, valid;
+    bool own = false;
 };
 
 __device__ __forceinline__ uint32_t word(const uint4& v, int i) {
@@ -34,6 +35,10 @@ struct HeadRows {
     }
 };
 
+struct NotOwn {  // where no run has a token of the step's own
+    __device__ const char* operator()() const { return nullptr; }
+};
+
 // This lane's part of two runs of keys and values. Lane (g, t) holds keys of token g of each run, and values of tokens
 // 2 t, 2 t + 1.
 template <class T, int D>
@@ -41,37 +46,49 @@ struct TokenTile {
     uint4 key[2][D / 32], value[2][2][D / 64];
     int valid[2];
 
+    // Where this lane's part of a key or value begins.
+    static __device__ __forceinline__ int key_channel() { return threadIdx.x % 4 * 8; }
+    static __device__ __forceinline__ int value_channel() { return threadIdx.x % kWarp / 4 * 8; }
     static __device__ __forceinline__ HeadRows<T> keys_of(const AttentionParams& p, int kv_head) {
-        return {p.k_cache, kv_head, int(threadIdx.x % 4 * 8)};
+        return {p.k_cache, kv_head, key_channel()};
     }
     static __device__ __forceinline__ HeadRows<T> values_of(const AttentionParams& p, int kv_head) {
-        return {p.v_cache, kv_head, int(threadIdx.x % kWarp / 4 * 8)};
+        return {p.v_cache, kv_head, value_channel()};
     }
 
-    // The key of a token that the row does not see is another one: its score is not used.
-    __device__ __forceinline__ void load_keys(const HeadRows<T>& keys, const Run (&runs)[2]) {
+    // The key of a token that the row does not see is another one: its score is not used. own(): the step's own key,
+    // this lane's part.
+    template <class Own = NotOwn>
+    __device__ __forceinline__ void load_keys(const HeadRows<T>& keys, const Run (&runs)[2], Own&& own = {}) {
         const int g = threadIdx.x % kWarp / 4;
         valid[0] = runs[0].valid, valid[1] = runs[1].valid;
-        const char* from[2] = {keys.at(runs[0].block, runs[0].offset + max(min(g, valid[0] - 1), 0)),
-                               keys.at(runs[1].block, runs[1].offset + max(min(g, valid[1] - 1), 0))};
+        const char* from[2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            from[h] = keys.at(runs[h].block, runs[h].offset + max(min(g, valid[h] - 1), 0));
+            if (runs[h].own && g >= valid[h] - 1) from[h] = own();
+        }
         load_keys(from);
     }
-    // Its value is zero: so is its weight, and 0 * NaN would not be.
-    __device__ __forceinline__ void load_values(const HeadRows<T>& values, const Run (&runs)[2]) {
+    // Its value is zero: so is its weight, and 0 * NaN would not be. own(): as above, a value.
+    template <class Own = NotOwn>
+    __device__ __forceinline__ void load_values(const HeadRows<T>& values, const Run (&runs)[2], Own&& own = {}) {
         const int t = threadIdx.x % 4;
         const char* from[2] = {values.at(runs[0].block, runs[0].offset + 2 * t),
                                values.at(runs[1].block, runs[1].offset + 2 * t)};
-        if (valid[0] == 8 && valid[1] == 8) return load_values(from, values.token);
+        if (valid[0] == 8 && valid[1] == 8 && !runs[0].own && !runs[1].own) return load_values(from, values.token);
 #pragma unroll
         for (int h = 0; h < 2; ++h)
 #pragma unroll
-            for (int i = 0; i < 2; ++i)
+            for (int i = 0; i < 2; ++i) {
+                const char* row = from[h] + (i == 0 ? 0 : values.token);
+                if (runs[h].own && 2 * t + i == valid[h] - 1) row = own();
 #pragma unroll
                 for (int j = 0; j < D / 64; ++j) {
                     value[h][i][j] = uint4{};
-                    if (2 * t + i < valid[h])
-                        value[h][i][j] = load_streaming(from[h] + (i == 0 ? 0 : values.token) + 128 * j);
+                    if (2 * t + i < valid[h]) value[h][i][j] = load_streaming(row + 128 * j);
                 }
+            }
     }
     // Both for 16 tokens of one page, all of which the row sees.
     __device__ __forceinline__ void load_whole(const HeadRows<T>& keys, const HeadRows<T>& values, int block,

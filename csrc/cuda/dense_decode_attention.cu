@@ -28,6 +28,4 @@ cudaError_t launch_dense_decode_attention(const AttentionParams& p, int32_t size
     return launch_team_decode_attention<None>(params, size_log2, workspace, chip, stream);
 }
 
-QUEST_READ_PHASE_CLOCKS(quest_read_phase_clocks_dense)
-
 }  // namespace quest::cuda

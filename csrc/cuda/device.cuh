@@ -145,6 +145,7 @@ struct PageTable {
     // Brings the block numbers into L1 by all threads of the block, one line each.
     __device__ __forceinline__ void prefetch() const {
         constexpr int kEntries = 32;  // a line of 128 bytes
+#pragma unroll 1
         for (int i = threadIdx.x * kEntries; i < entry(max_pages); i += blockDim.x * kEntries)
             asm volatile("prefetch.global.L1 [%0];" ::"l"(blocks + i));
     }

@@ -91,7 +91,7 @@ __device__ void store_min_max(const T* keys, int64_t token_stride, int count, M*
 
 // N elements that are loaded or stored at once.
 template <class E, int N>
-struct alignas(sizeof(E) * N) Run {
+struct alignas(sizeof(E) * N) Elements {
     E of[N];
 };
 
@@ -110,10 +110,10 @@ template <int N, class T, class F>
 __device__ __forceinline__ void for_each_token(const T* channels, int64_t token_stride, int count, F f) {
     constexpr int kUnroll = N < 8 ? 8 : 4;  // 8: the smallest page; registers for 64 bytes
     for (int first = 0; first < count; first += kUnroll) {
-        Run<T, N> runs[kUnroll];
+        Elements<T, N> runs[kUnroll];
 #pragma unroll
         for (int i = 0; i < kUnroll; ++i)
-            runs[i] = *reinterpret_cast<const Run<T, N>*>(channels + min(first + i, count - 1) * token_stride);
+            runs[i] = *reinterpret_cast<const Elements<T, N>*>(channels + min(first + i, count - 1) * token_stride);
 #pragma unroll
         for (int i = 0; i < kUnroll; ++i)
             if (first + i < count) f(runs[i]);
@@ -129,20 +129,20 @@ __device__ void store_mean_bounds(const T* keys, int64_t token_stride, int count
     const bool squared = rule.kind == BoundKind::kMeanStd;
     const float tokens = count;
     float mean[N] = {}, spread[N] = {};
-    for_each_token<N>(keys + channel, token_stride, count, [&](const Run<T, N>& run) {
+    for_each_token<N>(keys + channel, token_stride, count, [&](const Elements<T, N>& run) {
 #pragma unroll
         for (int i = 0; i < N; ++i) mean[i] = __fadd_rn(mean[i], float(run.of[i]));
     });
 #pragma unroll
     for (int i = 0; i < N; ++i) mean[i] = __fdiv_rn(mean[i], tokens);
-    for_each_token<N>(keys + channel, token_stride, count, [&](const Run<T, N>& run) {
+    for_each_token<N>(keys + channel, token_stride, count, [&](const Elements<T, N>& run) {
 #pragma unroll
         for (int i = 0; i < N; ++i) {
             const float deviation = __fsub_rn(float(run.of[i]), mean[i]);
             spread[i] = __fadd_rn(spread[i], squared ? __fmul_rn(deviation, deviation) : fabsf(deviation));
         }
     });
-    Run<M, N> lo, hi;
+    Elements<M, N> lo, hi;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
         spread[i] = __fdiv_rn(spread[i], tokens);
@@ -150,8 +150,8 @@ __device__ void store_mean_bounds(const T* keys, int64_t token_stride, int count
         lo.of[i] = nearest<M>(__fadd_rn(__fsub_rn(mean[i], radius), 0.0f));  // -0 + 0 = +0
         hi.of[i] = nearest<M>(__fadd_rn(__fadd_rn(mean[i], radius), 0.0f));
     }
-    *reinterpret_cast<Run<M, N>*>(bounds + channel) = lo;
-    *reinterpret_cast<Run<M, N>*>(bounds + D + channel) = hi;
+    *reinterpret_cast<Elements<M, N>*>(bounds + channel) = lo;
+    *reinterpret_cast<Elements<M, N>*>(bounds + D + channel) = hi;
 }
 
 template <class T, class M, int D>

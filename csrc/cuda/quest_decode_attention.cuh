@@ -1,251 +1,30 @@
 // Decode attention by teams in one launch (sm_90 and later): score, select, attend and merge; or, without metadata,
 // attend to every page and merge. Grid: a team of blocks for each (row, KV head), blocks team * size + rank, all of
-// them resident. Each block scores its tiles of pages and publishes their keys; each finds the same selection from all
-// keys; the chosen pages are dealt out evenly; each block merges a slice of the output. Blocks exchange words through
-// L2, and a word is its own flag: 0 means not written yet. Every word that was written is zero again when the launch
-// ends, so a workspace that starts as zeros serves any number of launches. Bound by reading the metadata and the chosen
-// K and V, and by the latency of two exchanges.
+// them resident. Bound by reading the metadata and the chosen K and V, and by the latency of two exchanges.
+//
+// Blocks past the teams append the rows' last tokens, where the launch does that too. Nothing waits for them: the teams
+// take these keys and values from the step's own ones, and a row's last page is always chosen, so its bounds, which
+// change, need not be read.
 #pragma once
-#include "launch.h"
-#include "team_guess.cuh"
-#include "team_inputs.cuh"
-#include "team_merge.cuh"
-#include "team_shortlist.cuh"
+#include "append_paged_kv.cuh"
+#include "team_decode.cuh"
 
 namespace quest::cuda {
 
 template <class T, class M, int D, int kChunks>
 __global__ void __launch_bounds__(kTeamThreads, D <= 128 ? 2 : 1)
-    team_decode_attention_kernel(const FusedParams p, const int size_log2, uint32_t* workspace, const bool alone) {
+    team_decode_attention_kernel(const __grid_constant__ FusedParams p, const int size_log2, uint32_t* workspace,
+                                 const bool alone) {
 #if __CUDA_ARCH__ >= 900
-    constexpr bool kScores = !std::is_void_v<M>, kLists = kChunks == 0;
-    // [warps, head_offset(group)]; before that, each warp's keys, then perhaps `words`.
-    extern __shared__ __align__(16) float warp_out[];
-    __shared__ typename BlockSelect<kTeamThreads>::Shared selecting;
-    __shared__ __align__(16) uint32_t chosen_words[(kLists ? kShortlistChunks : kChunks) * kWarp];
-    __shared__ WarpSums<kTeamWarps> sums;
-    __shared__ SharedQuery<T, M, D> query;
-    const AttentionParams& a = p.attention;
-    __shared__ uint32_t listed_pages[kLists ? kShortlistEntries : 1];
-    __shared__ TeamPlace kept_place;  // until the merge: the registers are needed for loads in flight
-    const TeamPlace place = TeamPlace::of_block(size_log2, a.num_kv_heads);
-    if (place.row >= unsigned(a.num_rows)) {  // the grid is filled up to a block for every SM
-        let_successor_start();
-        wait_for_predecessor();
+    const TeamPlace place = TeamPlace::of_block(size_log2, p.attention.num_kv_heads);
+    if (place.row < unsigned(p.attention.num_rows)) {
+        decode_by_team<T, M, D, kChunks>(p, size_log2, workspace, alone, place);
         return;
     }
-    if (threadIdx.x == 0) kept_place = place;
-    const int size = 1 << size_log2, team = place.team, rank = place.rank, kv_head = place.kv_head, row = place.row;
-    const int group = a.num_q_heads / a.num_kv_heads;
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t = lane % 4;
-    const PageTable table(a.paging, a.rows_per_request == 1 ? row : row / a.rows_per_request);
-    const TeamSpace space(workspace, team, size, group, D, kScores ? table.max_pages : 0);
-    // Columns past the group repeat its last head.
-    const T* query_head = row_of<T>(a.query, row, kv_head * group + min(g, group - 1));
-    mark_phase(0);
-    if (!alone) let_successor_start();
-    const PageDeal<kLists> deal{warp * size + rank, kTeamWarps * size};
-    Selection selection;
-    uint32_t* words = chosen_words;
-    int chunks = kLists ? kShortlistChunks : kChunks;
-    bool listed = false;
-    RowLengths row_lengths;
-    int &tokens = row_lengths.tokens, &num_pages = row_lengths.num_pages, &kept = row_lengths.kept;
-
-    if constexpr (kScores) {
-        using Tile = PageTile<T, M, D>;
-        BlockSelect<kTeamThreads> select{selecting};
-        select.clear_bins();
-        int guess[2] = {0, 0};
-        const bool guesses = alone && guess_blocks<M, D>(guess, p, table, row, kv_head, deal, 0);
-        if (Tile::kNarrow && guesses) {  // tiles of half the bytes: the second one, too
-            int second[2];
-            guess_blocks<M, D>(second, p, table, row, kv_head, deal, 1);
-        }
-        const char* metadata = Tile::lane_part(p.metadata, kv_head);
-        const uint32_t block_bytes = bytes_of<M>(p.metadata.block_stride);
-        wait_for_predecessor();
-        mark_phase(1);
-
-        const int asked = RowLengths::ask(p, row, team);
-        auto block_of = [&](int page, int end) { return page < end ? table.block(page) : 0; };
-        auto blocks_at = [&](int (&blocks)[2], int tile, int end) {
-            blocks[0] = block_of(deal.page(tile, g), end), blocks[1] = block_of(deal.page(tile, g + 8), end);
-        };
-        int blocks[2];
-        blocks_at(blocks, 0, table.max_pages);
-        const auto asked_query = query.ask(query_head);
-        constexpr int kTilesAhead = Tile::kNarrow ? 2 : 1;  // loads in flight: 64 registers of a lane
-        Tile tiles[kTilesAhead];
-        auto source_of = [&](const int (&blocks)[2], int tile) {
-            const PagePlace places[2] = {{blocks[0], table.part(deal.page(tile, g))},
-                                         {blocks[1], table.part(deal.page(tile, g + 8))}};
-            return typename Tile::Source(metadata, block_bytes, places);
-        };
-        if (guesses) tiles[0].load(source_of(guess, 0));
-        table.prefetch();
-        row_lengths.take(asked, p, table);
-        // Score: tiles of 16 pages. Pages that do not exist take block 0.
-        if (kept < num_pages) {
-            if (deal.page(0, g) >= num_pages) blocks[0] = 0;
-            if (deal.page(0, g + 8) >= num_pages) blocks[1] = 0;
-            if (!guesses || __any_sync(kAllLanes, blocks[0] != guess[0] || blocks[1] != guess[1]))
-                if (deal.first(0) < num_pages) tiles[0].load(source_of(blocks, 0));
-#pragma unroll
-            for (int i = 1; i < kTilesAhead; ++i)
-                if (deal.first(i) < num_pages) {
-                    blocks_at(blocks, i, num_pages);
-                    tiles[i].load(source_of(blocks, i));
-                }
-            blocks_at(blocks, kTilesAhead, num_pages);
-        }
-        query.keep(asked_query);
-        __syncthreads();
-        if (kept < num_pages) {
-            uint32_t best_key = 0;
-            int best_page = 0;
-            const int first_forced = num_pages - p.recent_pages, capacity = warp_keys_capacity(table.max_pages, size);
-            WarpKeys mine{reinterpret_cast<uint32_t*>(warp_out) + warp * capacity, 0, {deal.warp, deal.num_warps}};
-            int tile = 0;
-            while (deal.first(tile) < num_pages) {
-#pragma unroll
-                for (int i = 0; i < kTilesAhead; ++i) {
-                    if (deal.first(tile) >= num_pages) break;
-                    const int next = tile + kTilesAhead;
-                    const bool has_next = deal.first(next) < num_pages;
-                    const typename Tile::Source source = source_of(blocks, next);
-                    blocks_at(blocks, next + 1, num_pages);
-                    float c[4];
-                    tiles[i].multiply(
-                        c, [&](int chunk) { return query.to_score(chunk); },
-                        [&](int part) {
-                            if (has_next) tiles[i].load_part(source, part);
-                            __syncwarp();  // in this order: ptxas would ask late
-                        });
-                    HeadReducer reducer(p.head_reduction);
-                    reducer.include(c, 0, group);
-                    const uint32_t key = sort_key(reducer.score(group));
-                    const int page = deal.page(tile, g + 8 * t);
-                    if constexpr (kLists) {
-                        const bool forced = page < p.sink_pages || page >= first_forced;
-                        if (t < 2)
-                            mine.keys[tile * kTileTokens + g + 8 * t] = page >= num_pages ? 1
-                                                                        : forced          ? kForcedKey
-                                                                                          : key;
-                        mine.tiles = tile + 1;
-                    }
-                    if (t < 2 && page < num_pages) {
-                        if constexpr (!kLists) publish(space.keys + page, key);
-                        if (key > best_key) best_key = key, best_page = page;
-                    }
-                    ++tile;
-                }
-            }
-            // A warp's best page, likely to be chosen, is fetched while the blocks exchange keys. Where the memory has
-            // the next launch's bounds to fetch meanwhile, all of 16 bits, it does not pay.
-            if (size < kMaxTeam || Tile::kNarrow) {
-                const uint32_t best = __reduce_max_sync(kAllLanes, best_key);
-                const int page =
-                    __shfl_sync(kAllLanes, best_page, __ffs(__ballot_sync(kAllLanes, best_key == best)) - 1);
-                if (best != 0) prefetch_page<T, D>(a, table, kv_head, page, table.block(page));
-            }
-            const bool lists = kLists && kept <= kShortlistEntries / 2;
-            if constexpr (kLists) {
-                __syncwarp();
-                const unsigned slots = kShortlistEntries / kTeamWarps >> size_log2, at = rank * kTeamWarps + warp;
-                if (lists) mine.publish_shortlist(space.entries + at * slots * 2, space.bounds + at, slots);
-            }
-            if (size < kMaxTeam) {
-                __syncthreads();  // all of the block's keys are on their way
-                if (threadIdx.x == 0) publish(space.done + rank, 1u);
-            }
-            mark_phase(2);
-            wait_for_team(space, size);
-            if constexpr (kLists) {
-                if (lists) listed = select_listed(&selection, space, select, words, listed_pages, kept, size);
-                if (!listed) {
-                    mine.publish_all(space.keys, num_pages);
-                    words = reinterpret_cast<uint32_t*>(warp_out), chunks = (num_pages + kKeysAtOnce - 1) / kKeysAtOnce;
-                    selection = select_published(space, select, words, rank, num_pages, kept, size);
-                }
-            } else {
-                selection = select_pages<kChunks>(space, select, words, num_pages, p.sink_pages, first_forced, kept);
-            }
-        }
-    } else {
-        if (alone)
-            guess_page<T, D>(p, table, row, kv_head, (warp * kTileTokens >> table.page_shift << size_log2) + rank,
-                             kTeamWarps * kTileTokens << size_log2);
-        wait_for_predecessor();
-        mark_phase(1);
-        const int asked = RowLengths::ask(p, row, team);
-        const auto asked_query = query.ask(query_head);
-        table.prefetch();
-        row_lengths.take(asked, p, table);
-        kept = num_pages;
-        query.keep(asked_query);
-        __syncthreads();
-    }
-
-    // The next launch may fetch what it needs first, but not before this one has asked for most of what it needs.
-    if (kLists && alone) let_successor_start();
-
-    // Attend: every size-th of the chosen pages from `rank` on, 16 tokens a warp at a time.
-    mark_phase(5);
-    const int page_shift = table.page_shift, num_mine = (kept - rank + size - 1) >> size_log2;
-    const float scale = a.sm_scale * kLog2E;
-    // The pages of a tile's two halves; -1: the tile ends before.
-    auto find_pages = [&](int (&pages)[2], int tile) {
-#pragma unroll 1
-        for (int start = tile * kTileTokens;; start += 8) {
-            const int index = start >> page_shift;
-            const int n = (index << size_log2) + rank;
-            pages[1] = index >= num_mine ? -1 : kept < num_pages ? selection.place(words, chunks, n) : n;
-            if (kLists && listed && pages[1] >= 0) pages[1] = listed_pages[pages[1]];
-            if (start % kTileTokens == 0) pages[0] = pages[1];
-            if (page_shift > 3 || start % kTileTokens != 0) break;
-        }
-    };
-    auto run_of = [&](int page, int tile, int half_tile) -> Run {
-        const int within = (tile * kTileTokens + 8 * half_tile) & ((1 << page_shift) - 1);
-        if (page < 0) return {0, 0, 0};
-        return {table.block(page), (table.part(page) << page_shift) + within,
-                min(tokens - (page << page_shift) - within, 8)};
-    };
-    const HeadRows<T> keys = TokenTile<T, D>::keys_of(a, kv_head), values = TokenTile<T, D>::values_of(a, kv_head);
-    OnlineSoftmax<T, D> softmax;
-    int tile = warp, pages[2];
-    find_pages(pages, tile);
-    while (pages[0] >= 0) {
-        const Run runs[2] = {run_of(pages[0], tile, 0), run_of(pages[1], tile, 1)};
-        TokenTile<T, D> tile_tokens;
-        if (D <= 128 && page_shift > 3 && runs[1].valid == 8) {
-            tile_tokens.load_whole(keys, values, runs[0].block, runs[0].offset);
-        } else {
-            tile_tokens.load_keys(keys, runs);
-            if constexpr (D <= 128) tile_tokens.load_values(values, runs);
-        }
-        if (alone) let_successor_start();
-        tile += kTeamWarps;
-        find_pages(pages, tile);
-        float score[4];
-        softmax.scores_of(score, tile_tokens, [&](int c) { return query.to_attend(c); }, scale);
-        if constexpr (D > 128) tile_tokens.load_values(values, runs);
-        softmax.add(score, tile_tokens);
-    }
-
-    if (alone) let_successor_start();
-    if (kLists && words != chosen_words) __syncthreads();  // warp_out is used again
-    mark_phase(6);
-    const TeamPlace again = kept_place;
-    const TeamSpace mine(workspace, again.team, size, group, D, kScores ? table.max_pages : 0);
-    merge_team<T, D>(a, mine, again, softmax, sums, warp_out, group, size_log2);
-    mark_phase(9);
-    // The first warp has seen a part of every block, so all have read the keys.
-    if (kScores && kept < num_pages && warp == 0) {
-        const bool lists = kLists && kept <= kShortlistEntries / 2;
-        clear_exchange(mine, again.rank, size_log2, listed ? 0 : num_pages, lists);
-    }
+    let_successor_start();
+    wait_for_predecessor();
+    if constexpr (!std::is_void_v<M>)
+        append_by_spare_blocks<T, M, D>(p.append, p.attention.num_rows * p.attention.num_kv_heads << size_log2);
 #endif
 }
 
@@ -254,11 +33,9 @@ template <template <class> class Metadata>
 cudaError_t launch_team_decode_attention(const FusedParams& p, int32_t size_log2, uint32_t* workspace, Chip chip,
                                          cudaStream_t stream) {
     const AttentionParams& a = p.attention;
-    // A block an SM, and one of the next launch beside it: the grid is filled up, so that the next finds every SM
-    // alike.
     const int32_t blocks = a.num_rows * a.num_kv_heads << size_log2;
     const bool alone = blocks <= chip.num_sms && size_log2 == kMaxTeamLog2;
-    const int32_t grid = blocks <= chip.num_sms ? chip.num_sms : blocks;
+    const int32_t grid = blocks + plan_spare_blocks(chip, blocks, a.head_dim, p.append.num_tokens * a.num_kv_heads);
     return dispatch(a.dtype, a.head_dim, [&](auto element, auto head_dim) {
         using T = decltype(element);
         constexpr int D = head_dim();

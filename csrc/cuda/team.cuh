@@ -89,12 +89,14 @@ __device__ __forceinline__ void clear_exchange(const TeamSpace& space, int rank,
                                                bool lists) {
     const int lane = threadIdx.x % kWarp;
     if (lane == 0) publish(space.done + rank, 0u);
+#pragma unroll 1
     for (int page = (rank + (lane / kTileTokens << size_log2)) * kTileTokens + lane % kTileTokens; page < num_pages;
          page += 2 * kTileTokens << size_log2)
         publish(space.keys + page, 0u);
     if (!lists) return;
     if (lane < kTeamWarps) publish(space.bounds + rank * kTeamWarps + lane, 0u);
     const int words = 2 * kShortlistEntries >> size_log2;
+#pragma unroll 1
     for (int i = lane * 4; i < words; i += kWarp * 4) publish(space.entries + rank * words + i, uint4{});
 }
 

@@ -18,13 +18,14 @@ __device__ __forceinline__ bool guess_blocks(int (&blocks)[2], const FusedParams
     for (int half_tile = 0; half_tile < 2; ++half_tile) {
         const int page = deal.page(tile, g + 8 * half_tile);
         blocks[half_tile] = 0;
-        if (page >= num_pages || num_pages <= p.page_budget) continue;
+        if (page >= num_pages - 1 || num_pages <= p.page_budget) continue;
         const int block = peek_word(reinterpret_cast<const uint32_t*>(table.blocks + table.entry(page)));
         if (block < 0 || block >= p.attention.num_blocks) continue;
         blocks[half_tile] = block;
         const M* bounds = static_cast<const M*>(p.metadata.data) + block * p.metadata.block_stride +
                           kv_head * p.metadata.head_stride + table.part(page) * (2 * D);
         constexpr int kLine = 128 / sizeof(M);
+#pragma unroll 1
         for (int i = t * kLine; i < 2 * D; i += 4 * kLine) prefetch(bounds + i);
     }
     return num_pages > p.page_budget && deal.first(tile) < num_pages;

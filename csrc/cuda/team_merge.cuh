@@ -16,6 +16,7 @@ __device__ __forceinline__ void merge_team(const AttentionParams& a, const TeamS
     partials.store(softmax, threadIdx.x / kWarp);
     __syncthreads();
     const unsigned chunks = pieces >> size_log2;  // of a reader
+#pragma unroll 1
     for (unsigned piece = threadIdx.x; piece < pieces; piece += kTeamThreads) {
         float top, total;
         const float4 o = partials.add_up(piece / (D / 4), piece % (D / 4) * 4, &top, &total);
@@ -26,6 +27,7 @@ __device__ __forceinline__ void merge_team(const AttentionParams& a, const TeamS
     }
     mark_phase(7);
     // A lane takes one block's part of one chunk; the lanes of a chunk are neighbours.
+#pragma unroll 1
     for (unsigned item = threadIdx.x; item / kWarp * kWarp < pieces; item += kTeamThreads) {
         const unsigned writer = item & (size - 1), chunk = item >> size_log2,
                        channel = ((chunk << size_log2) + rank) * 4, head = place.kv_head * group + channel / D;
@@ -39,14 +41,12 @@ __device__ __forceinline__ void merge_team(const AttentionParams& a, const TeamS
         float4 o{__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
         const float part_top = __uint_as_float(w.x);
         float top = part_top, total = __uint_as_float(w.y);
-#pragma unroll
-        for (unsigned other = 1; other < kWarp; other *= 2)
-            if (other < size) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, other));
+#pragma unroll 1
+        for (unsigned other = 1; other < size; other *= 2) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, other));
         const float weight = part_top == -INFINITY ? 1.f : exp2_fast(part_top - top);  // no tokens: zeros, or NaN
         total *= weight, o.x *= weight, o.y *= weight, o.z *= weight, o.w *= weight;
-#pragma unroll
-        for (unsigned other = 1; other < kWarp; other *= 2) {
-            if (other >= size) break;
+#pragma unroll 1
+        for (unsigned other = 1; other < size; other *= 2) {
             total += __shfl_xor_sync(kAllLanes, total, other);
             o.x += __shfl_xor_sync(kAllLanes, o.x, other), o.y += __shfl_xor_sync(kAllLanes, o.y, other);
             o.z += __shfl_xor_sync(kAllLanes, o.z, other), o.w += __shfl_xor_sync(kAllLanes, o.w, other);

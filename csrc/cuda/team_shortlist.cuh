@@ -32,6 +32,7 @@ struct WarpKeys {
     // least, or all there are. 0: there is no such key, many are equal.
     __device__ __forceinline__ uint32_t least_listed(unsigned slots) const {
         uint32_t low = kForcedKey, high = 2;
+#pragma unroll 4
         for (int e = threadIdx.x % kWarp; e < tiles * kTileTokens; e += kWarp) {
             const uint32_t key = keys[e];
             if (key > 1 && key < kForcedKey) low = min(low, key), high = max(high, key);
@@ -58,6 +59,7 @@ struct WarpKeys {
         const uint32_t least = least_listed(slots);
         unsigned listed = 0;
         if (least > 0)
+#pragma unroll 4
             for (int start = 0; start < tiles * kTileTokens; start += kWarp) {
                 const int e = start + lane;
                 const uint32_t key = e < tiles * kTileTokens ? keys[e] : 0;
@@ -66,10 +68,12 @@ struct WarpKeys {
                 if (key >= least) publish_pair(entries + 2 * slot, key, page(e) + 1);
                 listed += __popc(chosen);
             }
+#pragma unroll 1
         for (unsigned slot = listed + lane; slot < slots; slot += kWarp) publish_pair(entries + 2 * slot, 1, 1);
         if (lane == 0) publish(bound, least > 0 ? least : kForcedKey);
     }
     __device__ __forceinline__ void publish_all(uint32_t* to, int num_pages) const {
+#pragma unroll 1
         for (int e = threadIdx.x % kWarp; e < tiles * kTileTokens; e += kWarp)
             if (page(e) < num_pages) publish(to + page(e), keys[e]);
     }
@@ -161,22 +165,25 @@ struct PublishedKeys {
     __device__ void order_equals(uint32_t key) { equal = key; }
 };
 
-// Selects from the keys of all pages, which every warp has published by now. words: kWarp of each chunk.
-__device__ __forceinline__ Selection select_published(const TeamSpace& space, BlockSelect<kTeamThreads> select,
-                                                      uint32_t* words, int rank, int num_pages, int kept, int size) {
+// Selects from the keys of all pages, which every warp has published by now. words: kWarp of each chunk. Not inline:
+// seldom needed.
+static __device__ __noinline__ Selection select_published(uint32_t* done, const uint32_t* published,
+                                                          BlockSelect<kTeamThreads>::Shared* selecting, uint32_t* words,
+                                                          int rank, int num_pages, int kept, int size) {
+    BlockSelect<kTeamThreads> select{*selecting};
     __syncthreads();
     if (threadIdx.x == 0) {
         __threadfence();
-        publish(space.done + rank, 2u);
+        publish(done + rank, 2u);
     }
     select.clear_bins();
     const int lane = threadIdx.x % kWarp;
-    while (__any_sync(kAllLanes, lane < size && peek_word(space.done + lane) != 2)) {
+    while (__any_sync(kAllLanes, lane < size && peek_word(done + lane) != 2)) {
     }
     __threadfence();
     __syncthreads();
     mark_phase(3);
-    PublishedKeys keys{space.keys, num_pages};
+    PublishedKeys keys{published, num_pages};
     const Bracket bracket = select.bracket(keys, select.true_range(keys), kept);
     mark_phase(4);
     return mark_places(keys, bracket, select, words);
