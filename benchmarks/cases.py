@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass, replace
 
 import torch
-from timing import graph_us, wall_us
+from timing import after_reading_us, graph_us, wall_us
 
 import quest_ops
 
@@ -90,6 +90,8 @@ def counted_bytes(case: Case, path: str, pages: Pages) -> int:
     if path == "append":
         in_page = sum((length - 1) % pages.size for length in case.lengths)
         return case.batch * (4 * vector + bounds) + in_page * vector
+    if path in ("step", "step-cold", "apart"):
+        return counted_bytes(case, "append", pages) + counted_bytes(case, "quest", pages)
     if path == "estimate":
         return sum(counts) * bounds + query + scores
     if path == "select":
@@ -183,9 +185,20 @@ class Layers:
         choice = self.case.budget // pages.size, pages.sink, pages.recent, "max"
         return quest_ops.quest_decode_attention(self.queries[i], *pools, *choice, **options)
 
+    def step(self, i: int, pages: Pages) -> torch.Tensor:
+        pools = self.k[i], self.v[i], self.metadata(pages)[i], self.table, self.lens
+        choice = self.case.budget // pages.size, pages.sink, pages.recent, "max"
+        return quest_ops.quest_decode_step(
+            self.queries[i], *self.new_kv, *pools, *choice, bound=pages.bound, workspace=self.workspace
+        )[0]
+
     def dense(self, i: int, **options) -> torch.Tensor:
         pools = self.k[i], self.v[i], self.table, self.lens
         return quest_ops.sparse_decode_attention(self.queries[i], *pools, **options)[0]
+
+    def after_reading_us(self, call) -> float:
+        """Microseconds of `call(i)` on a GPU where other memory is read between layers."""
+        return after_reading_us([lambda i=i: call(i) for i in range(self.count)])
 
     def us(self, call, replays: int = 20) -> float:
         """Microseconds of `call(i)`, i a layer."""

@@ -8,7 +8,8 @@ A row is one path of one case; --extra times other shapes and settings, --quick 
 - floor: 2.3 us + bytes / 2.95 TB/s, what scattered 16-byte loads reach on an H100.
 - ratio: FlashInfer's dense decode over the path (SDPA where FlashInfer is not installed or not there, as on a CPU).
 
-"estimate", "select" and "attend" are the separate ops, "separate" all three, "quest" the op in one call. Dense paths
+"estimate", "select" and "attend" are the separate ops, "separate" all three, "quest" the op in one call; "apart" is the
+append and then "quest", "step" both in one call, and "step-cold" that with 256 MB read between layers. Dense paths
 and peers are shown with the first page size of a case. "public", Quest of public parts, is timed in the main cases,
 with pages of a block and metadata in the cache's dtype.
 """
@@ -40,12 +41,14 @@ def check(layers: Layers) -> None:
         # A selection may differ where scores agree to rounding.
         separate = layers.separate(0, pages)
         peers.check_close(f"quest, {pages}", layers.quest(0, pages, workspace=layers.workspace), separate, 0.15)
+        step = layers.step(0, pages)  # it writes the last token
+        peers.check_close(f"step, {pages}", step, layers.quest(0, pages, workspace=layers.workspace))
 
 
 def quest_times(layers: Layers, pages: Pages) -> dict[str, float]:
     scores = [layers.estimate(i, pages) for i in range(layers.count)]
     chosen = [layers.select(s, pages) for s in scores]
-    return {
+    times = {
         "append": layers.us(lambda i: layers.append(i, pages)),
         "estimate": layers.us(lambda i: layers.estimate(i, pages)),
         "select": layers.us(lambda i: layers.select(scores[i], pages)),
@@ -53,7 +56,12 @@ def quest_times(layers: Layers, pages: Pages) -> dict[str, float]:
         "separate": layers.us(lambda i: layers.separate(i, pages)),
         "quest": layers.us(lambda i: layers.quest(i, pages, workspace=layers.workspace)),
         "quest-no-workspace": layers.us(lambda i: layers.quest(i, pages)),
+        "apart": layers.us(lambda i: (layers.append(i, pages), layers.quest(i, pages, workspace=layers.workspace))),
+        "step": layers.us(lambda i: layers.step(i, pages)),
     }
+    if layers.device != "cpu":
+        times["step-cold"] = layers.after_reading_us(lambda i: layers.step(i, pages))
+    return times
 
 
 def other_times(layers: Layers, public: bool) -> dict[str, float | None]:

@@ -111,6 +111,7 @@ NAMED = (
         )
         for size in (16, 32)
     ),
+    replace(BEST, name="mean_std 0.75, pages of 8, 8-bit", bound_scale=0.75),
     replace(BEST, name=f"{BEST.name}, ratio", ratio=True),
     replace(BEST, name=f"{BEST.name}, top-p", top_p=True),
 )  # fmt: skip
@@ -120,9 +121,10 @@ def calibrated(path: Path) -> tuple[Policy, int]:
     """The policy of POLICIES that a file of `quest-ops calibrate` was measured with, with its budgets by layer and
     head, and the budget that it is for. Raises OSError, or ValueError where there is no such policy or file."""
     found = load_head_budgets(path)
-    for policy in POLICIES:
+    for policy in (*POLICIES, *NAMED):
         measured = found.bound, found.bound_scale, found.page_size
-        special = policy.paper or policy.recent_only or policy.oracle or policy.select_every > 1
+        special = policy.paper or policy.recent_only or policy.oracle or policy.select_every > 1 or policy.equal_bytes
+        special = special or policy.ratio or policy.top_p
         if not special and (policy.bound, policy.bound_scale, policy.page_size) == measured:
             return replace(policy, name=f"{policy.name}, by head", head_budgets=found.tokens), found.token_budget
     raise ValueError(
