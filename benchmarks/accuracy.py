@@ -78,9 +78,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--quick", action="store_true", help="a small table on the CPU, within 3 minutes")
     parser.add_argument("--model", default="smollm2", help="a Hugging Face folder or hub id, or a .gguf file")
-    parser.add_argument(
-        "--text", nargs="+", type=Path, default=[], metavar="FILE", help="further kinds of text, UTF-8: a novel, say"
-    )
+    record.add_text_argument(parser)
     parser.add_argument("--context", nargs="+", type=record.positive, metavar="TOKENS", help="of a document")
     parser.add_argument("--budget", nargs="+", type=record.positive, metavar="TOKENS")
     parser.add_argument(
@@ -126,8 +124,6 @@ def parse() -> argparse.Namespace:
             args.rope = args.rope[0], float(args.rope[1])
         except ValueError:
             parser.error(f"--rope: FACTOR must be a number, got {args.rope[1]}")
-    if missing := [str(file) for file in args.text if not file.is_file()]:
-        parser.error(f"--text: no such file: {', '.join(missing)}")
     names = Counter([*KINDS, *(file.stem for file in args.text)])
     if twice := [name for name, count in names.items() if count > 1]:
         parser.error(f"--text: a kind of text is called as its file, and there would be two of {', '.join(twice)}")

@@ -117,9 +117,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two short documents on the CPU, in under a minute")
     parser.add_argument("--model", default="smollm2", help="a Hugging Face folder or hub id, or a .gguf file")
-    parser.add_argument(
-        "--text", nargs="+", type=Path, default=[], metavar="FILE", help="further kinds of text, UTF-8: a novel, say"
-    )
+    record.add_text_argument(parser)
     parser.add_argument("--context", nargs="+", type=record.positive, metavar="TOKENS")
     parser.add_argument("--budget", nargs="+", type=record.positive, metavar="TOKENS")
     choices = {policy.name: policy for policy in (*POLICIES, *NAMED) if policy.fixed}
@@ -153,8 +151,6 @@ def parse() -> argparse.Namespace:
                 policy.config(policy.budget_at(budget, context))
             except ValueError as error:
                 parser.error(str(error))
-    if missing := [str(file) for file in args.text if not file.is_file()]:
-        parser.error(f"--text: no such file: {', '.join(missing)}")
     return args
 
 

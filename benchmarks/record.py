@@ -40,6 +40,18 @@ def positive(text: str) -> int:
     return natural(text, 1)
 
 
+def add_text_argument(parser) -> None:
+    def existing_file(text: str) -> Path:
+        if not Path(text).is_file():
+            raise argparse.ArgumentTypeError(f"no such file: {text}")
+        return Path(text)
+
+    parser.add_argument(
+        "--text", nargs="+", type=existing_file, default=[], metavar="FILE",
+        help="further kinds of text, UTF-8: a novel, say",
+    )  # fmt: skip
+
+
 def add_arguments(parser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw them here (PNG; needs matplotlib)")

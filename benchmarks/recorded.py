@@ -22,7 +22,6 @@ import os
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 # Beside other work on the machine, threads that spin make a prefill on the CPU 10 times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -102,9 +101,7 @@ def show(row: dict) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one short document on the CPU, in under a minute")
-    parser.add_argument(
-        "--text", nargs="+", type=Path, default=[], metavar="FILE", help="further kinds of text, UTF-8: a novel, say"
-    )
+    record.add_text_argument(parser)
     parser.add_argument("--layers", nargs="+", type=record.natural, default=[2, 9, 16, 23], help="that are recorded")
     parser.add_argument("--documents", type=record.positive, metavar="N", help="of all kinds of text together")
     parser.add_argument("--context", nargs="+", type=record.positive, metavar="TOKENS")
@@ -126,8 +123,6 @@ def parse() -> argparse.Namespace:
         parser.error(f"--budget must be at least {least}, got {min(args.budget)}")
     if QUERY_STRIDE * (max(args.batch) - 1) >= min(args.context):
         parser.error(f"--batch {max(args.batch)}: a document of {min(args.context)} tokens has fewer recorded queries")
-    if missing := [str(file) for file in args.text if not file.is_file()]:
-        parser.error(f"--text: no such file: {', '.join(missing)}")
     return args
 
 

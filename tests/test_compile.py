@@ -21,7 +21,9 @@ def decode_step(key, value, slots, query, k_cache, v_cache, page_metadata, block
     scores = quest_ops.estimate_page_scores(query, page_metadata, *tables, 16, "none")
     page_ids, page_counts = quest_ops.select_topk_pages(scores, seq_lens, 16, 6, 1, 2)
     sparse, _ = quest_ops.sparse_decode_attention(query, k_cache, v_cache, *tables, page_ids, page_counts)
-    return out + sparse, lse, page_ids
+    caches = k_cache, v_cache, page_metadata
+    step, _ = quest_ops.quest_decode_step(query, key - 1, value * 2, *caches, *tables, 6, 1, 2, "max")
+    return out + sparse, lse, page_ids, step * 2
 
 
 def step_inputs(shape, device):
