@@ -187,6 +187,20 @@ def test_what_is_not_supported_is_named(monkeypatch):
                 layer(torch.full((64, 64), odd, dtype=torch.bfloat16))
 
 
+def test_layers_of_other_codes_are_refused():
+    codes, scales = torch.zeros(16, 96, dtype=torch.uint8), torch.ones(16, 3, dtype=torch.bfloat16)
+    Int4Linear.from_codes(codes, scales, scales)
+    for changed in (
+        (codes[:8], scales[:8], scales[:8]),
+        (codes, scales[:, :2], scales[:, :2]),
+        (codes, scales, scales[:1]),
+    ):
+        with pytest.raises(ValueError, match=r"int4 codes must be \[N, K\] of N % 16 = 0, scales and zeros .* got \["):
+            Int4Linear.from_codes(*changed)
+    with pytest.raises(ValueError, match="int4 weights need a model in bfloat16, got torch.float16"):
+        Int4Linear.from_codes(codes, scales.half(), scales.half())
+
+
 def test_int4_weights_stay_on_their_device():
     for place in ("meta", torch.float16):
         model = random_llama(CONFIG, torch.bfloat16, "cpu", weights="int4")

@@ -1,4 +1,5 @@
-"""Linear layers with weights of 8 or 4 bits, rounded to nearest. Inputs, outputs and sums are those of bfloat16 layers.
+"""Linear layers with weights of 8 or 4 bits, rounded to nearest, or of 4 bits as a checkpoint has them. Inputs, outputs
+and sums are those of bfloat16 layers.
 
 The products are torch's own. Where torch has none that is fast (many rows; 8 bits on a GPU), the weights are expanded
 to bfloat16 for the call, or within the kernel that torch.compile makes of the call.
@@ -64,17 +65,39 @@ class Int4Linear(nn.Module):
         outputs, inputs = weight.shape
         if outputs % 16 or inputs % 32:
             raise ValueError(f"int4 weights must be [N, K] of N % 16 = 0 and K % 32 = 0, got {list(weight.shape)}")
-        self.in_features = inputs
-        self.group_size = next(size for size in (128, 64, 32) if inputs % size == 0)
-        groups = weight.float().view(outputs, -1, self.group_size)
+        group_size = next(size for size in (128, 64, 32) if inputs % size == 0)
+        groups = weight.float().view(outputs, -1, group_size)
         low, high = groups.aminmax(dim=2, keepdim=True)
         scales = ((high - low) / 15).clamp(min=torch.finfo(weight.dtype).tiny).to(weight.dtype).float()
         zeros = (low + 8 * scales).to(weight.dtype).float()
+        codes = ((groups - zeros) / scales).round_().clamp_(-8, 7).add_(8).view(outputs, inputs)
+        self._hold(codes, scales[..., 0].to(weight.dtype), zeros[..., 0].to(weight.dtype), bias)
+
+    @classmethod
+    def from_codes(cls, codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None = None) -> Int4Linear:
+        """The layer of weights (code - 8) * scale + zero: codes [N, K] of 0 to 15; scales and zeros bfloat16
+        [N, K / group_size], with a group_size of 128, 64 or 32. Raises ValueError for other shapes and dtypes and for
+        scales that are not finite."""
+        check_weight("int4", scales)
+        outputs, inputs = codes.shape
+        fitting = [(outputs, inputs / size) for size in (128, 64, 32)]
+        if outputs % 16 or scales.shape != zeros.shape or tuple(scales.shape) not in fitting:
+            raise ValueError(
+                "int4 codes must be [N, K] of N % 16 = 0, scales and zeros [N, K / 128, 64 or 32], got "
+                f"{list(codes.shape)}, {list(scales.shape)} and {list(zeros.shape)}"
+            )
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._hold(codes, scales, zeros, bias)
+        return layer
+
+    def _hold(self, codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None) -> None:
         check_finite("int4", scales)
-        rounded = ((groups - zeros) / scales).round_().clamp_(-8, 7).add_(8).view(outputs, inputs)
-        self.register_buffer("packed", _pack(rounded, self.group_size))
-        scales_and_zeros = torch.cat([scales, zeros], 2).transpose(0, 1).contiguous()  # [K / group_size, N, 2]
-        self.register_buffer("scales_and_zeros", scales_and_zeros.to(weight.dtype))
+        self.in_features = codes.size(1)
+        self.group_size = codes.size(1) // scales.size(1)
+        self.register_buffer("packed", _pack(codes, self.group_size))
+        scales_and_zeros = torch.stack([scales, zeros], 2).transpose(0, 1).contiguous()  # [K / group_size, N, 2]
+        self.register_buffer("scales_and_zeros", scales_and_zeros)
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
