@@ -270,7 +270,6 @@ def test_rope_of_a_saved_config(tmp_path):
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2'.*llama, mistral, qwen2, qwen3"),
         ({"model_type": None}, "model_type None"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config .'gptq'"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"hidden_size": None}, "lacks hidden_size"),
@@ -283,7 +282,6 @@ def test_rope_of_a_saved_config(tmp_path):
         ({"rms_norm_eps": -1}, "rms_norm_eps must be a positive number"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'.*linear, llama3, yarn"),
-        ({"quantization_config": "gptq"}, "quantization_config .'gptq'"),
         ({"rms_norm_eps": float("inf")}, "rms_norm_eps must be a positive number"),
         ({"eos_token_id": ["</s>"]}, "eos_token_id must be"),
         ({"rope_scaling": [1]}, "must be an object, got .1."),

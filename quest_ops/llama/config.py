@@ -95,12 +95,6 @@ class LlamaConfig:
         model_type = config.get("model_type")
         if model_type not in MODEL_TYPES:
             raise ValueError(f"model_type {model_type!r} is not supported; supported: {', '.join(MODEL_TYPES)}")
-        if config.get("quantization_config") is not None:
-            settings = config["quantization_config"]
-            method = settings.get("quant_method") if isinstance(settings, dict) else settings
-            raise ValueError(
-                f"quantization_config ({method!r}) is not supported: give the unquantized checkpoint, or a GGUF file"
-            )
         if config.get("hidden_act", "silu") != "silu":
             raise ValueError(f"hidden_act {config['hidden_act']!r} is not supported; supported: 'silu'")
         if config.get("mlp_bias"):

@@ -13,11 +13,20 @@ from quest_ops.cache import PagedKVCache
 from quest_ops.config import QuestConfig
 
 from .config import LlamaConfig
-from .quantized import QUANTIZED
+from .packed_int4 import PACKED, Int4Packing
+from .quantized import QUANTIZED, Int4Linear
 from .rope import RotaryEmbedding, rotate
-from .weights import Checkpoint, expected_shapes, load_checkpoint
+from .weights import Checkpoint, expected_shapes, find_checkpoint, load_checkpoint, packing_of
 
 WEIGHTS = ("bf16", *QUANTIZED)
+
+# The linear layers of a Block, and those of a checkpoint's layer that each of them joins.
+PROJECTIONS = {
+    "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attention.o": ("self_attn.o_proj",),
+    "mlp.gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.down": ("mlp.down_proj",),
+}
 
 
 class RMSNorm(nn.Module):
@@ -161,6 +170,13 @@ class Llama(nn.Module):
     def device(self) -> torch.device:
         return self.embedding.weight.device
 
+    @property
+    def weights(self) -> str:
+        """What the layers' projections are in: "int8", "int4", or the name of the model's dtype."""
+        kind = type(self.blocks[0].mlp.down)
+        names = [name for name, layer in QUANTIZED.items() if kind is layer]
+        return names[0] if names else str(self.dtype).removeprefix("torch.")
+
     @classmethod
     def from_checkpoint(
         cls, checkpoint: Checkpoint, *, weights: str | None = None, device: str | torch.device | None = None
@@ -168,27 +184,30 @@ class Llama(nn.Module):
         """The model of a checkpoint (see `load_checkpoint`), with its weights' dtype.
 
         weights: None: as they are. "int8", "int4": those of the layers' projections are rounded (see `quantized`), one
-            layer after the other; norms, embedding and lm_head stay in bfloat16. device: where the model goes, also
-            layer by layer; None: where the weights are.
+            layer after the other; norms, embedding and lm_head stay in bfloat16. A checkpoint with a packing is in
+            "int4" already: those 4 bits are taken over, and only None and "int4" are supported. device: where the
+            model goes, also layer by layer; None: where the weights are.
 
         Empties `checkpoint.state_dict` as it goes: fusing copies, and a large model must not be in memory twice.
         Raises ValueError, before that, naming tensors that are missing, unknown or of another shape than the config's,
         and for weights that are neither of these.
         """
-        config, state_dict = checkpoint.config, checkpoint.state_dict
+        config, state_dict, packing = checkpoint.config, checkpoint.state_dict, checkpoint.packing
         output_bias = "model.layers.0.self_attn.o_proj.bias" in state_dict
-        expected = expected_shapes(config, output_bias)
+        expected = expected_shapes(config, output_bias, packing)
         found = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
         if wrong := dict(sorted(found.items() ^ expected.items())):
             listed = ", ".join(f"{name}: {found.get(name)}, expected {expected.get(name)}" for name in list(wrong)[:4])
             raise ValueError(f"the state dict does not fit the config in {len(wrong)} tensors: {listed}")
-        if weights is not None:
-            check_weights(weights, state_dict["model.embed_tokens.weight"].dtype)
+        check_weights(weights, state_dict["model.embed_tokens.weight"].dtype, packing)
         with torch.device("meta"):
             model = cls(config, output_bias=output_bias)
         for module, tensors in _fuse(model, state_dict):
-            module.load_state_dict({name: t.to(device=device) for name, t in tensors.items()}, assign=True)
-            if weights in QUANTIZED:
+            tensors = {name: t.to(device=device) for name, t in tensors.items()}
+            if packing:
+                _unpack(module, tensors, packing)
+            module.load_state_dict(tensors, assign=True)
+            if weights in QUANTIZED and not packing:
                 _quantize(module, QUANTIZED[weights])
         if config.tie_word_embeddings:
             model.lm_head.weight = model.embedding.weight
@@ -209,21 +228,28 @@ class Llama(nn.Module):
 
         dtype None: `default_dtype(device)`. weights: "bf16", "int8" or "int4" (see `from_checkpoint`), each in a model
         of dtype bfloat16; then the checkpoint is read on the host, and the device never holds more than the model and a
-        layer. None: as dtype. Raises ValueError for other weights, or with another dtype.
+        layer. None: as dtype, or the 4 bits of a GPTQ or AWQ checkpoint, likewise. Raises ValueError for other weights,
+        or with another dtype.
         """
-        if weights is None:
-            checkpoint = load_checkpoint(source, dtype=dtype or default_dtype(device), device=device, progress=progress)
-            return cls.from_checkpoint(checkpoint), checkpoint.tokenizer
         check_weights(weights, dtype or torch.bfloat16)
-        checkpoint = load_checkpoint(source, dtype=torch.bfloat16, device="cpu", progress=progress)
+        path = find_checkpoint(source, progress)
+        packing = packing_of(path)
+        if weights is None and packing is None:
+            checkpoint = load_checkpoint(path, dtype=dtype or default_dtype(device), device=device, progress=progress)
+            return cls.from_checkpoint(checkpoint), checkpoint.tokenizer
+        check_weights(weights, dtype or torch.bfloat16, packing)
+        checkpoint = load_checkpoint(path, dtype=torch.bfloat16, device="cpu", progress=progress)
         return cls.from_checkpoint(checkpoint, weights=weights, device=device), checkpoint.tokenizer
 
 
-def check_weights(weights: str, dtype: torch.dtype) -> None:
-    if weights not in WEIGHTS:
+def check_weights(weights: str | None, dtype: torch.dtype, packing: Int4Packing | None = None) -> None:
+    """weights and dtype of a model, the packing of its checkpoint."""
+    if weights not in (None, *WEIGHTS):
         raise ValueError(f"weights must be one of {WEIGHTS}, got {weights!r}")
-    if dtype != torch.bfloat16:
-        raise ValueError(f"weights {weights!r} go with dtype bfloat16, got {dtype}")
+    if packing and weights not in (None, "int4"):
+        raise ValueError(f"the checkpoint's weights are in 4 bits: weights must be None or 'int4', got {weights!r}")
+    if (packing or weights) and dtype != torch.bfloat16:
+        raise ValueError(f"weights {weights or 'int4'!r} go with dtype bfloat16, got {dtype}")
 
 
 def default_dtype(device: str | torch.device) -> torch.dtype:
@@ -249,20 +275,25 @@ def _fuse(model: Llama, weights: dict[str, Tensor]) -> Iterator[tuple[nn.Module,
             "attention_norm.weight": weights.pop(theirs + "input_layernorm.weight"),
             "mlp_norm.weight": weights.pop(theirs + "post_attention_layernorm.weight"),
         }
-        for kind in ("weight", "bias"):
-            parts = [weights.pop(f"{theirs}self_attn.{n}_proj.{kind}", None) for n in "qkv"]
-            if parts[0] is not None:
-                fused[f"attention.qkv.{kind}"] = torch.cat(parts)
-            output = weights.pop(f"{theirs}self_attn.o_proj.{kind}", None)
-            if output is not None:
-                fused[f"attention.o.{kind}"] = output
+        for ours, names in PROJECTIONS.items():
+            for kind in ("weight", "bias", *PACKED):
+                parts = [weights.pop(f"{theirs}{name}.{kind}", None) for name in names]
+                if parts[0] is not None:
+                    dim = 1 if kind in PACKED else 0  # the outputs
+                    fused[f"{ours}.{kind}"] = torch.cat(parts, dim) if len(parts) > 1 else parts[0]
         if config.qk_norm:
             norms = [weights.pop(f"{theirs}self_attn.{n}_norm.weight") for n in "qk"]
             fused["attention.qk_norm"] = torch.cat([w.expand(count, -1) for w, count in zip(norms, heads)])
-        gate_up = [weights.pop(f"{theirs}mlp.{n}_proj.weight") for n in ("gate", "up")]
-        fused["mlp.gate_up.weight"] = torch.cat(gate_up)
-        fused["mlp.down.weight"] = weights.pop(theirs + "mlp.down_proj.weight")
         yield block, fused
+
+
+def _unpack(block: nn.Module, tensors: dict[str, Tensor], packing: Int4Packing) -> None:
+    """Replaces the linear layers within a block by those of its packed tensors, and these tensors by theirs."""
+    for name in [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]:
+        packed = [tensors.pop(f"{name}.{kind}") for kind in PACKED]
+        layer = Int4Linear.from_codes(*packing.unpack(*packed), tensors.pop(f"{name}.bias", None))
+        block.set_submodule(name, layer)
+        tensors |= {f"{name}.{kind}": tensor for kind, tensor in layer.state_dict().items()}
 
 
 def _quantize(block: nn.Module, kind: type[nn.Module]) -> None:

