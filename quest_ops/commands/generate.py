@@ -45,7 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="of sampling (default: another one each time)")
     add_device(parser)
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: what is fast on the device")
-    parser.add_argument("--weights", choices=WEIGHTS, help="of the layers, rounded at load (default: as --dtype)")
+    parser.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        help="of the layers, rounded at load (default: as --dtype, or a checkpoint's own 4 bits)",
+    )
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile decode steps: worth its seconds for many tokens on a GPU"
     )
@@ -115,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
         f"{result.finish_reason}"
     ]
     if result.decode_steps:
-        weights = args.weights or str(model.dtype).removeprefix("torch.")
+        weights = args.weights or model.weights
         lines.append(
             f"{result.decode_seconds / result.decode_steps * 1e3:.2f} ms a token, {result.kv_read_share:.0%} of the KV "
             f"bytes read; {args.attention} attention, {weights} on {model.device}"
