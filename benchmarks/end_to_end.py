@@ -37,8 +37,8 @@ from peers import check_close, flashinfer_module, note
 from timing import graph_us, release_memory, steps_us
 
 from quest_ops import QuestConfig
-from quest_ops.llama.model import WEIGHTS as ROUNDED_WEIGHTS
 from quest_ops.llama.model import Llama, default_dtype
+from quest_ops.llama.quantized import WEIGHTS as ROUNDED_WEIGHTS
 from quest_ops.llama.quantized import Int4Linear, Int8Linear
 
 WEIGHTS = ("fp32", *ROUNDED_WEIGHTS)

@@ -16,7 +16,7 @@ from quest_ops import QuestConfig, cli, demo, info, inspection_report
 from quest_ops.commands import generate as generate_command
 from quest_ops.head_budgets import HeadBudgets
 from quest_ops.info import Device, System
-from quest_ops.llama.model import WEIGHTS
+from quest_ops.llama.quantized import WEIGHTS
 
 H100 = Device(0, "NVIDIA H100", (9, 0), 80 * 2**30)
 A10 = Device(1, "NVIDIA A10", (8, 6), 24 * 2**30)

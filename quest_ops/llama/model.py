@@ -14,11 +14,9 @@ from quest_ops.config import QuestConfig
 
 from .config import LlamaConfig
 from .packed_int4 import PACKED, Int4Packing
-from .quantized import QUANTIZED, Int4Linear
+from .quantized import QUANTIZED, Int4Linear, check_weights
 from .rope import RotaryEmbedding, rotate
 from .weights import Checkpoint, expected_shapes, find_checkpoint, load_checkpoint, packing_of
-
-WEIGHTS = ("bf16", *QUANTIZED)
 
 # The linear layers of a Block, and those of a checkpoint's layer that each of them joins.
 PROJECTIONS = {
@@ -240,16 +238,6 @@ class Llama(nn.Module):
         check_weights(weights, dtype or torch.bfloat16, packing)
         checkpoint = load_checkpoint(path, dtype=torch.bfloat16, device="cpu", progress=progress)
         return cls.from_checkpoint(checkpoint, weights=weights, device=device), checkpoint.tokenizer
-
-
-def check_weights(weights: str | None, dtype: torch.dtype, packing: Int4Packing | None = None) -> None:
-    """weights and dtype of a model, the packing of its checkpoint."""
-    if weights not in (None, *WEIGHTS):
-        raise ValueError(f"weights must be one of {WEIGHTS}, got {weights!r}")
-    if packing and weights not in (None, "int4"):
-        raise ValueError(f"the checkpoint's weights are in 4 bits: weights must be None or 'int4', got {weights!r}")
-    if (packing or weights) and dtype != torch.bfloat16:
-        raise ValueError(f"weights {weights or 'int4'!r} go with dtype bfloat16, got {dtype}")
 
 
 def default_dtype(device: str | torch.device) -> torch.dtype:

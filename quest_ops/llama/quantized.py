@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .packed_int4 import Int4Packing
+
 # Up to so many rows, products with low-bit weights beat those with expanded ones.
 INT8_ROWS, INT4_ROWS = 4, 16
 
@@ -132,6 +134,17 @@ class Int4Linear(nn.Module):
 
 
 QUANTIZED = {"int8": Int8Linear, "int4": Int4Linear}
+WEIGHTS = ("bf16", *QUANTIZED)
+
+
+def check_weights(weights: str | None, dtype: torch.dtype, packing: Int4Packing | None = None) -> None:
+    """weights and dtype of a model, the packing of its checkpoint."""
+    if weights not in (None, *WEIGHTS):
+        raise ValueError(f"weights must be one of {WEIGHTS}, got {weights!r}")
+    if packing and weights not in (None, "int4"):
+        raise ValueError(f"the checkpoint's weights are in 4 bits: weights must be None or 'int4', got {weights!r}")
+    if (packing or weights) and dtype != torch.bfloat16:
+        raise ValueError(f"weights {weights or 'int4'!r} go with dtype bfloat16, got {dtype}")
 
 
 def check_weight(kind: str, weight: Tensor) -> None:
