@@ -44,14 +44,14 @@ def smollm2_checkpoint():
 
 @pytest.fixture
 def smollm2(smollm2_checkpoint, monkeypatch):
-    """The embedded model's file, which Llama.load does not read again."""
+    """The embedded model's file, which Llama.load does not read again but to keep its 4 bits."""
     from quest_ops.llama.weights import Checkpoint, load_checkpoint
 
     path = fetch_smollm2_or_skip()
 
-    def load(source, *, dtype=None, device="cpu", progress=None):
-        if source not in ("smollm2", path):
-            return load_checkpoint(source, dtype=dtype, device=device, progress=progress)
+    def load(source, *, dtype=None, device="cpu", progress=None, keep_int4=False):
+        if source not in ("smollm2", path) or keep_int4:
+            return load_checkpoint(source, dtype=dtype, device=device, progress=progress, keep_int4=keep_int4)
         weights = {name: weight.to(device, dtype) for name, weight in smollm2_checkpoint.state_dict.items()}
         return Checkpoint(smollm2_checkpoint.config, weights, smollm2_checkpoint.tokenizer)
 

@@ -1,17 +1,19 @@
-"""Checkpoints in 4 bits by GPTQ and AWQ: their codes are taken over as they are, and what cannot be is named first."""
+"""Checkpoints in 4 bits by GPTQ, AWQ and ggml: their codes are taken over, and what cannot be is named first."""
 
 import dataclasses
 import json
 
+import gguf
 import numpy as np
 import pytest
+import test_llama_weights
 import torch
-from test_llama_weights import save_tokenizer
+from test_llama_weights import GGUF_LAYER_NAMES, TYPES, make_model, save_tokenizer, write_gguf
 from test_quantized import exact_rows, linears, logits_of, relative
 
 from quest_ops.llama.config import LlamaConfig
 from quest_ops.llama.model import PROJECTIONS, Llama
-from quest_ops.llama.packed_int4 import Int4Packing
+from quest_ops.llama.packed_int4 import Int4Packing, from_ggml
 from quest_ops.llama.quantized import Int4Linear
 from quest_ops.llama.weights import Checkpoint, expected_shapes, load_checkpoint
 
@@ -258,3 +260,45 @@ def test_other_weights_and_dtypes_are_refused(tmp_path):
         Llama.from_checkpoint(checkpoint)
     with pytest.raises(ValueError, match="does not fit the config in .*qweight"):
         Llama.from_checkpoint(dataclasses.replace(load_checkpoint(tmp_path), packing=None))
+
+
+@pytest.mark.parametrize("shape", [(48, 320), (16, 576)])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
+def test_blocks_of_ggml_are_read_as_gguf_dequantizes_them(kind, shape):
+    weight = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    blocks = gguf.quants.quantize(weight, TYPES[kind])
+    tensors, packing = from_ggml(torch.from_numpy(blocks), shape[1]), Int4Packing("ggml", 32)
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == packing.shapes("o_proj", *shape)
+    codes, scales, zeros = packing.unpack(**tensors)
+    assert codes.max() == 15 and codes.min() == 0
+    back = (codes.float() - 8) * scales.repeat_interleave(32, 1) + zeros.repeat_interleave(32, 1)
+    torch.testing.assert_close(
+        back, torch.from_numpy(gguf.quants.dequantize(blocks, TYPES[kind])), atol=1e-6, rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_int4_keeps_the_codes_of_a_gguf(device, tmp_path, monkeypatch, family, kind):
+    projections = [name for ours, name in GGUF_LAYER_NAMES.items() if ours.endswith("_proj")]
+    monkeypatch.setattr(test_llama_weights, "QUANTIZED", dict.fromkeys(projections, TYPES[kind]))
+    expected = write_gguf(tmp_path / "model.gguf", make_model(family))
+    model, _ = Llama.load(tmp_path / "model.gguf", weights="int4", device=device)
+    for layer, block in enumerate(model.blocks):
+        for ours, names in PROJECTIONS.items():
+            linear = block.get_submodule(ours)
+            linear.bias = None
+            found = exact_rows(linear, linear.in_features, device, 16).float().cpu()
+            weight = torch.cat([expected[f"model.layers.{layer}.{name}.weight"] for name in names])
+            scales = linear.scales_and_zeros[..., 0].T.float().cpu().repeat_interleave(32, 1)
+            assert linear.group_size == 32
+            assert ((found - weight).abs() <= scales.abs() / 16 + weight.abs() / 64).all()
+    assert model.weights == "int4"
+    assert Llama.load(tmp_path / "model.gguf", weights="bf16", device=device)[0].weights == "bfloat16"
+
+
+def test_a_gguf_with_other_projections_is_rounded(tmp_path):
+    write_gguf(tmp_path / "model.gguf", make_model("llama"))
+    model, _ = Llama.load(tmp_path / "model.gguf", weights="int4")
+    assert model.weights == "int4"
+    assert load_checkpoint(tmp_path / "model.gguf", keep_int4=True).packing is None

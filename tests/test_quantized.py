@@ -160,6 +160,7 @@ def test_generation_runs_on_rounded_weights(device, kind):
 def test_smollm2_with_rounded_weights_knows_a_capital(smollm2, kind):
     model, tokenizer = Llama.load("smollm2", weights=kind)
     assert model.blocks[0].mlp.down.__class__ is QUANTIZED[kind]
+    assert kind == "int8" or model.blocks[0].mlp.down.group_size == 32  # the file's own 4 bits
     prompt = tokenizer.encode("Question: What is the capital of France?\nAnswer: The capital of France is")
     assert "Paris" in tokenizer.decode(Generator(model, max_sequence_tokens=64).generate([prompt], 3)[0].tokens)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from .config import LlamaConfig, head_dim_of
+from .packed_int4 import Int4Packing, from_ggml
 from .tokenizer import LLAMA_EXTRA
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -43,6 +44,7 @@ class GGUFFile:
         self.path = path
         self.reader = _open(path)
         self._tensors = {}
+        self._packed = "", {}  # the last projection that was asked for in 4 bits, its tensors
         for tensor in self.reader.tensors:
             if tensor.name != _ROPE_FACTORS:
                 self._tensors[_hugging_face_name(tensor.name)] = tensor
@@ -53,10 +55,24 @@ class GGUFFile:
         # ggml counts the contiguous dimension first.
         self.shapes = {name: tuple(map(int, reversed(t.shape))) for name, t in self._tensors.items()}
 
+    @property
+    def packing(self) -> Int4Packing | None:
+        """How the layers' projections are held, where that is in 4 bits for all of them (Q4_0, Q4_1)."""
+        types = {tensor.tensor_type.name for name, tensor in self._tensors.items() if name.endswith("_proj.weight")}
+        return Int4Packing("ggml", 32) if types and types <= {"Q4_0", "Q4_1"} else None
+
     def tensor(self, name: str) -> torch.Tensor:
-        """The float32 tensor of a Hugging Face name, dequantized, with q and k rows in Hugging Face's order."""
+        """The float32 tensor of a Hugging Face name, dequantized, with q and k rows in Hugging Face's order; of a name
+        of `packing` the tensor that it has in place of a weight."""
         import gguf
 
+        if name not in self._tensors:
+            projection, kind = name.rsplit(".", 1)
+            if self._packed[0] != projection:
+                source = self._tensors[f"{projection}.weight"]
+                rows = self._in_order(projection, torch.from_numpy(source.data.copy()))
+                self._packed = projection, from_ggml(rows, int(source.shape[0]))
+            return self._packed[1][kind]
         source = self._tensors[name]
         try:
             data = gguf.quants.dequantize(source.data, source.tensor_type)
@@ -66,11 +82,13 @@ class GGUFFile:
                 "dequantize"
             ) from error
         # Whatever is still a view of the memory-mapped file is read-only: torch wants a copy.
-        tensor = torch.from_numpy(data if data.flags.writeable else data.copy())
+        return self._in_order(name, torch.from_numpy(data if data.flags.writeable else data.copy()))
+
+    def _in_order(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         if self._architecture == "llama":
-            if ".self_attn.q_proj." in name:
+            if ".self_attn.q_proj" in name:
                 return _unpermute(tensor, self.config.num_attention_heads)
-            if ".self_attn.k_proj." in name:
+            if ".self_attn.k_proj" in name:
                 return _unpermute(tensor, self.config.num_key_value_heads)
         return tensor
 

@@ -226,8 +226,8 @@ class Llama(nn.Module):
 
         dtype None: `default_dtype(device)`. weights: "bf16", "int8" or "int4" (see `from_checkpoint`), each in a model
         of dtype bfloat16; then the checkpoint is read on the host, and the device never holds more than the model and a
-        layer. None: as dtype, or the 4 bits of a GPTQ or AWQ checkpoint, likewise. Raises ValueError for other weights,
-        or with another dtype.
+        layer. None: as dtype, or the 4 bits of a GPTQ or AWQ checkpoint, likewise. "int4": those of a GGUF in Q4_0 or
+        Q4_1, too. Raises ValueError for other weights, or with another dtype.
         """
         check_weights(weights, dtype or torch.bfloat16)
         path = find_checkpoint(source, progress)
@@ -236,7 +236,8 @@ class Llama(nn.Module):
             checkpoint = load_checkpoint(path, dtype=dtype or default_dtype(device), device=device, progress=progress)
             return cls.from_checkpoint(checkpoint), checkpoint.tokenizer
         check_weights(weights, dtype or torch.bfloat16, packing)
-        checkpoint = load_checkpoint(path, dtype=torch.bfloat16, device="cpu", progress=progress)
+        keep_int4 = weights == "int4"
+        checkpoint = load_checkpoint(path, dtype=torch.bfloat16, device="cpu", progress=progress, keep_int4=keep_int4)
         return cls.from_checkpoint(checkpoint, weights=weights, device=device), checkpoint.tokenizer
 
 
@@ -278,8 +279,8 @@ def _fuse(model: Llama, weights: dict[str, Tensor]) -> Iterator[tuple[nn.Module,
 def _unpack(block: nn.Module, tensors: dict[str, Tensor], packing: Int4Packing) -> None:
     """Replaces the linear layers within a block by those of its packed tensors, and these tensors by theirs."""
     for name in [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]:
-        packed = [tensors.pop(f"{name}.{kind}") for kind in PACKED]
-        layer = Int4Linear.from_codes(*packing.unpack(*packed), tensors.pop(f"{name}.bias", None))
+        packed = {kind: tensors.pop(f"{name}.{kind}") for kind in PACKED if f"{name}.{kind}" in tensors}
+        layer = Int4Linear.from_codes(*packing.unpack(**packed), tensors.pop(f"{name}.bias", None))
         block.set_submodule(name, layer)
         tensors |= {f"{name}.{kind}": tensor for kind, tensor in layer.state_dict().items()}
 

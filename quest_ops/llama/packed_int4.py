@@ -1,4 +1,4 @@
-"""Int4Packing: how GPTQ and AWQ checkpoints hold weights of 4 bits, and those as Int4Linear takes them."""
+"""Int4Packing: how GPTQ, AWQ and GGUF checkpoints hold weights of 4 bits, and those as Int4Linear takes them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PACKED = ("qweight", "qzeros", "scales")
+PACKED = ("qweight", "qzeros", "zeros", "scales")  # qzeros or zeros
 
 # Where the codes of outputs 0 to 7 are in an int32 of AWQ, which from its lowest bits on holds 0, 2, 4, 6, 1, 3, 5, 7.
 _AWQ_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
@@ -23,6 +23,8 @@ class Int4Packing:
             first in the lowest bits.
         "gptq": the same, but 0x11111111 was subtracted from the int32s of qzeros: 1 from each zero.
         "gemm" (AWQ): qweight [K, N / 8] and qzeros [K / group_size, N / 8], 8 adjacent outputs, the even ones first.
+        "ggml" (Q4_0 and Q4_1 of a GGUF, as `from_ggml` reads them): qweight as gptq_v2, and instead of qzeros zeros
+            [K / group_size, N], what a code of 8 stands for.
     desc_act: inputs may have been sorted, which a tensor g_idx [K] tells: the group of each.
     Sources: qlinear_cuda.py of AutoGPTQ and utils/model.py of GPTQModel (convert_gptq_v1_to_v2_format);
     modules/linear/gemm.py and utils/packing_utils.py of AutoAWQ.
@@ -76,7 +78,8 @@ class Int4Packing:
             raise ValueError(f"{name} in 4 bits must be {needed}, got [{outputs}, {inputs}]")
         groups = inputs // self.group_size
         qweight = (inputs, outputs // 8) if self.layout == "gemm" else (inputs // 8, outputs)
-        return {"qweight": qweight, "qzeros": (groups, outputs // 8), "scales": (groups, outputs)}
+        zeros = {"zeros": (groups, outputs)} if self.layout == "ggml" else {"qzeros": (groups, outputs // 8)}
+        return {"qweight": qweight} | zeros | {"scales": (groups, outputs)}
 
     def redundant(self, found: set[str], expected: dict[str, tuple], read: Callable[[str], Tensor]) -> set[str]:
         """Names of tensors to leave out: g_idx of unsorted inputs, and biases of zeros (AutoGPTQ's where there were
@@ -96,21 +99,43 @@ class Int4Packing:
                 names.add(bias)
         return names
 
-    def unpack(self, qweight: Tensor, qzeros: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def unpack(
+        self, qweight: Tensor, scales: Tensor, qzeros: Tensor | None = None, zeros: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """codes [N, K] uint8 of 0 to 15, scales and zeros [N, K / group_size]: what Int4Linear.from_codes takes.
 
         The codes are the checkpoint's, and (code - z) * scale is (code - 8) * scale + zero with zero = (8 - z) * scale.
         As scales and zeros are rounded to bfloat16, each weight is within scale / 32 + 1/256 of itself.
         """
-        if self.layout == "gptq":  # in whole words, as it was subtracted: borrows between zeros are undone by carries
-            qzeros = qzeros + 0x11111111
-        codes, zeros = _codes(qweight), _codes(qzeros)
-        if self.layout == "gemm":
-            codes, zeros = codes[..., _AWQ_PLACES].flatten(1).T, zeros[..., _AWQ_PLACES]
-        else:
-            codes = codes.transpose(0, 1).flatten(1)
-        zeros = (8 - zeros.flatten(1).to(scales.dtype)) * scales
+        codes = _codes(qweight)
+        codes = codes[..., _AWQ_PLACES].flatten(1).T if self.layout == "gemm" else codes.transpose(0, 1).flatten(1)
+        if qzeros is not None:
+            if (
+                self.layout == "gptq"
+            ):  # in whole words, as it was subtracted: borrows between zeros are undone by carries
+                qzeros = qzeros + 0x11111111
+            places = _codes(qzeros)
+            places = places[..., _AWQ_PLACES] if self.layout == "gemm" else places
+            zeros = (8 - places.flatten(1).to(scales.dtype)) * scales
         return codes.contiguous(), scales.T, zeros.T
+
+
+def from_ggml(blocks: Tensor, inputs: int) -> dict[str, Tensor]:
+    """The tensors of layout "ggml", qweight and float32, of a weight [N, inputs] in ggml's Q4_0 or Q4_1: uint8
+    [N, inputs / 32 * 18 or 20].
+
+    A block of 32 inputs is a scale d, in Q4_1 a minimum m, both float16, and 16 bytes: codes 0 to 15 in their low
+    bits, 16 to 31 in their high ones. A weight is d * (code - 8), in Q4_1 d * code + m (ggml-quants.c of llama.cpp).
+    """
+    blocks = blocks.unflatten(1, (inputs // 32, -1))
+    size = blocks.size(2)
+    pairs = blocks[..., size - 16 :]
+    codes = torch.cat([pairs & 15, pairs >> 4], -1).unflatten(2, (4, 8)).flatten(1, 2)  # [N, K / 8, 8]
+    words = (codes[..., ::2] | codes[..., 1::2] << 4).contiguous().view(torch.int32)[..., 0]
+    numbers = blocks[..., : size - 16].contiguous().view(torch.float16).float()
+    scales = numbers[..., 0]
+    zeros = numbers[..., 1] + 8 * scales if size == 20 else torch.zeros_like(scales)
+    return {"qweight": words.T.contiguous(), "zeros": zeros.T.contiguous(), "scales": scales.T.contiguous()}
 
 
 def _codes(words: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class Checkpoint:
     packing: Int4Packing | None = None
 
 
-def load_checkpoint(source, *, dtype=None, device="cpu", progress=None) -> Checkpoint:
+def load_checkpoint(source, *, dtype=None, device="cpu", progress=None, keep_int4=False) -> Checkpoint:
     """Loads a Llama, Mistral, Qwen2 or Qwen3 checkpoint.
 
     source: "smollm2" (fetched into the cache folder), a GGUF file, a folder with config.json, model.safetensors (or
@@ -58,6 +58,7 @@ def load_checkpoint(source, *, dtype=None, device="cpu", progress=None) -> Check
     dtype: float32, float16 or bfloat16 for every tensor; None: the embedding's stored dtype, float32 for a GGUF. With
         projections in 4 bits: bfloat16 or None, for all but their codes and zeros, which stay int32.
     progress(done_bytes, total_bytes): first for a fetch of smollm2, then from 0 again while tensors are read.
+    keep_int4: a GGUF whose projections are all in Q4_0 or Q4_1 keeps their codes; else they are expanded to dtype.
 
     Every expected tensor is checked to be there, with its shape, before any is read. Raises FileNotFoundError,
     ValueError or RuntimeError (hub or package index not reached) that names the file and what is wrong."""
@@ -65,7 +66,7 @@ def load_checkpoint(source, *, dtype=None, device="cpu", progress=None) -> Check
         raise ValueError(f"dtype {dtype} is not supported; supported: None, {', '.join(map(str, DTYPES))}")
     path = find_checkpoint(source, progress)
     if path.is_file():
-        return _load_gguf(path, dtype or torch.float32, device, progress)
+        return _load_gguf(path, dtype or torch.float32, device, progress, keep_int4)
     return _load_folder(path, dtype, device, progress)
 
 
@@ -154,16 +155,17 @@ def _read_all(shapes: dict, read: Callable[[str], torch.Tensor], dtype, device, 
     return state_dict
 
 
-def _load_gguf(path: Path, dtype, device, progress) -> Checkpoint:
+def _load_gguf(path: Path, dtype, device, progress, keep_int4: bool) -> Checkpoint:
     file = GGUFFile(path)
+    packing = file.packing if keep_int4 else None
     output_bias = "model.layers.0.self_attn.o_proj.bias" in file.shapes
-    expected = expected_shapes(file.config, output_bias)
-    _check_shapes(path, expected, file.shapes)
+    _check_shapes(path, expected_shapes(file.config, output_bias), file.shapes)
     try:
+        expected = expected_shapes(file.config, output_bias, packing)
         tokenizer = Tokenizer.from_gguf(file.reader)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return Checkpoint(file.config, _read_all(expected, file.tensor, dtype, device, progress), tokenizer)
+    return Checkpoint(file.config, _read_all(expected, file.tensor, dtype, device, progress), tokenizer, packing)
 
 
 def _load_folder(folder: Path, dtype, device, progress) -> Checkpoint:
