@@ -36,7 +36,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import record
 import torch
 from longer import METHODS, lengthen
-from policies import NAMED, POLICIES, Policy, calibrated
+from policies import ALL, POLICIES, Policy, calibrated
 from tables import TABLES, over_contexts, show_means
 from tasks import KINDS, texts_of
 
@@ -82,7 +82,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--context", nargs="+", type=record.positive, metavar="TOKENS", help="of a document")
     parser.add_argument("--budget", nargs="+", type=record.positive, metavar="TOKENS")
     parser.add_argument(
-        "--policy", nargs="+", choices=[p.name for p in (*POLICIES, *NAMED)], metavar="NAME",
+        "--policy", nargs="+", choices=[p.name for p in ALL], metavar="NAME",
         help="default: all of POLICIES; with --quick those that choose pages in every step",
     )  # fmt: skip
     parser.add_argument("--pieces", type=record.positive, metavar="N", help="documents of each kind of text")
@@ -104,12 +104,12 @@ def parse() -> argparse.Namespace:
     for name, choices in DEFAULTS[args.table].items():
         if getattr(args, name, None) is None:
             setattr(args, name, choices[args.quick])
-    fixed = [policy.name for policy in (*POLICIES, *NAMED) if policy.fixed]
     short = args.quick or args.table == "fidelity"
     names = args.policy or [policy.name for policy in POLICIES if policy.fixed or not short]
-    if args.table == "fidelity" and (others := [name for name in names if name not in fixed]):
+    by_name = {policy.name: policy for policy in ALL}
+    if args.table == "fidelity" and (others := [name for name in names if not by_name[name].fixed]):
         parser.error(f"fidelity is of policies that choose as many pages in every step, not of {others[0]!r}")
-    policies = [policy for policy in (*POLICIES, *NAMED) if policy.name in names]
+    policies = [policy for policy in ALL if policy.name in names]
     for context, budget, policy in itertools.product(args.context, args.budget, policies):
         if (tokens := policy.budget_at(budget, context)) >= context:
             as_many = "" if tokens == budget else f" as {tokens} tokens of {policy.name!r}"

@@ -181,16 +181,16 @@ class Layers:
         return self.quest_and_lse(i, pages, **options)[0]
 
     def quest_and_lse(self, i: int, pages: Pages, **options) -> tuple[torch.Tensor, torch.Tensor]:
-        pools = self.k[i], self.v[i], self.metadata(pages)[i], self.table, self.lens
-        choice = self.case.budget // pages.size, pages.sink, pages.recent, "max"
-        return quest_ops.quest_decode_attention(self.queries[i], *pools, *choice, **options)
+        return quest_ops.quest_decode_attention(self.queries[i], *self._choice(i, pages), **options)
 
     def step(self, i: int, pages: Pages) -> torch.Tensor:
-        pools = self.k[i], self.v[i], self.metadata(pages)[i], self.table, self.lens
-        choice = self.case.budget // pages.size, pages.sink, pages.recent, "max"
         return quest_ops.quest_decode_step(
-            self.queries[i], *self.new_kv, *pools, *choice, bound=pages.bound, workspace=self.workspace
+            self.queries[i], *self.new_kv, *self._choice(i, pages), bound=pages.bound, workspace=self.workspace
         )[0]
+
+    def _choice(self, i: int, pages: Pages) -> tuple:
+        pools = self.k[i], self.v[i], self.metadata(pages)[i], self.table, self.lens
+        return *pools, self.case.budget // pages.size, pages.sink, pages.recent, "max"
 
     def dense(self, i: int, **options) -> torch.Tensor:
         pools = self.k[i], self.v[i], self.table, self.lens

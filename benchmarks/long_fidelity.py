@@ -24,7 +24,7 @@ import torch
 from attend import page_masses
 from fidelity import summary
 from longer import METHODS, longer_config
-from policies import BLOCK_SIZE, NAMED, POLICIES, Policy
+from policies import ALL, BLOCK_SIZE, Policy
 from recorded import documents_of
 from recordings import QUERY_STRIDE, Recording, recordings_of
 from stitched import Stitch
@@ -120,7 +120,7 @@ def parse() -> argparse.Namespace:
     record.add_text_argument(parser)
     parser.add_argument("--context", nargs="+", type=record.positive, metavar="TOKENS")
     parser.add_argument("--budget", nargs="+", type=record.positive, metavar="TOKENS")
-    choices = {policy.name: policy for policy in (*POLICIES, *NAMED) if policy.fixed}
+    choices = {policy.name: policy for policy in ALL if policy.fixed}
     parser.add_argument("--policy", nargs="+", choices=choices, default=list(choices), metavar="NAME")
     parser.add_argument("--document", type=record.positive, metavar="TOKENS", help="of a document")
     parser.add_argument("--documents", type=record.positive, metavar="N", help="of all kinds of text together")

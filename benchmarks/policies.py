@@ -42,6 +42,11 @@ class Policy:
     p: float | None = None
 
     @property
+    def plain(self) -> bool:
+        """Whether its bound and pages, chosen by it in every step, are all that it is."""
+        return self.fixed and not (self.paper or self.recent_only or self.oracle or self.equal_bytes)
+
+    @property
     def fixed(self) -> bool:
         """Whether it chooses in every step, and as many pages for every row."""
         return self.select_every == 1 and not self.ratio and not self.top_p
@@ -115,17 +120,16 @@ NAMED = (
     replace(BEST, name=f"{BEST.name}, ratio", ratio=True),
     replace(BEST, name=f"{BEST.name}, top-p", top_p=True),
 )  # fmt: skip
+ALL = (*POLICIES, *NAMED)
 
 
 def calibrated(path: Path) -> tuple[Policy, int]:
-    """The policy of POLICIES that a file of `quest-ops calibrate` was measured with, with its budgets by layer and
+    """The policy of ALL that a file of `quest-ops calibrate` was measured with, with its budgets by layer and
     head, and the budget that it is for. Raises OSError, or ValueError where there is no such policy or file."""
     found = load_head_budgets(path)
-    for policy in (*POLICIES, *NAMED):
-        measured = found.bound, found.bound_scale, found.page_size
-        special = policy.paper or policy.recent_only or policy.oracle or policy.select_every > 1 or policy.equal_bytes
-        special = special or policy.ratio or policy.top_p
-        if not special and (policy.bound, policy.bound_scale, policy.page_size) == measured:
+    measured = found.bound, found.bound_scale, found.page_size
+    for policy in ALL:
+        if policy.plain and (policy.bound, policy.bound_scale, policy.page_size) == measured:
             return replace(policy, name=f"{policy.name}, by head", head_budgets=found.tokens), found.token_budget
     raise ValueError(
         f"{path}: no policy here has pages of {found.page_size} with bound {found.bound} {found.bound_scale:g}"

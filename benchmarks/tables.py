@@ -15,6 +15,7 @@ from quest_ops.llama.tokenizer import Tokenizer
 
 SEED = 1
 Texts = dict[str, list[int]]  # tokens of each kind of text
+VALUES = "added_loss", "found", "error"  # of a table, one of them: its result
 HEADER = f"{'policy':44}{'metadata':>9}{'context':>9}{'budget':>8}{'attended':>10}"
 
 
@@ -222,10 +223,8 @@ def over_contexts(rows: list[dict]) -> list[dict]:
         if len(found) == 1:
             continue
         error = math.sqrt(sum(row["standard_error"] ** 2 for row in found)) / len(found)
-        values = {
-            name: sum(row[name] for row in found) / len(found)
-            for name in ("attended", "added_loss", "found", "error") if name in found[0]
-        }  # fmt: skip
+        names = [name for name in ("attended", *VALUES) if name in found[0]]
+        values = {name: sum(row[name] for row in found) / len(found) for name in names}
         means.append({"policy": policy, "budget": budget, "contexts": [row["context"] for row in found]} | values)
         means[-1]["standard_error"] = error
     return means
@@ -233,9 +232,9 @@ def over_contexts(rows: list[dict]) -> list[dict]:
 
 def show_means(means: list[dict]) -> None:
     for row in means:
-        attended, *value = (row[name] for name in ("attended", "added_loss", "found", "error") if name in row)
-        settings = f"{row['policy']:53}{'all':>9}{row['budget']:8}{attended:10.0f}"
-        print(f"{settings}{value[0]:12.4f}{row['standard_error']:8.4f}")
+        value = next(row[name] for name in VALUES if name in row)
+        settings = f"{row['policy']:53}{'all':>9}{row['budget']:8}{row['attended']:10.0f}"
+        print(f"{settings}{value:12.4f}{row['standard_error']:8.4f}")
 
 
 TABLES = {"perplexity": perplexity, "passkey": passkey, "needles": needles, "fidelity": fidelity}

@@ -44,12 +44,7 @@ class BoundedMasses(Step):
     def top_p(self, layer: int, query: Tensor, p: float) -> tuple[Tensor, Tensor]:
         """Out [R, Hq, D], and the pages [R, Hkv] attended to."""
         counts = self.counts(layer, query, torch.tensor([p]))[..., 0].contiguous()
-        out, _ = quest_ops.quest_decode_attention(
-            query, *self._pool(layer), self.cache.page_metadata(layer), self.attention.request_table,
-            self.attention.seq_lens, self.most, self.config.sink_pages, self.config.recent_pages, "max",
-            sm_scale=self.attention.sm_scale, page_budgets=counts,
-        )  # fmt: skip
-        return out, counts
+        return self.quest(layer, query, self.most, counts)[0], counts
 
 
 class TopPAttention(BoundedMasses):

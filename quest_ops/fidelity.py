@@ -38,9 +38,12 @@ class Step:
             return page_ids.clone(), page_counts.clone()
         return self.attention.choose_pages(layer, query, self.attention.seq_lens)
 
-    def quest(self, layer: int, query: Tensor, page_budget: int | None = None) -> tuple[Tensor, Tensor]:
-        """To the pages that Quest chooses: out and lse as of `exact`. page_budget: of each row; None: as planned."""
-        config, page_budgets = self.config, None
+    def quest(
+        self, layer: int, query: Tensor, page_budget: int | None = None, page_budgets: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """To the pages that Quest chooses: out and lse as of `exact`. page_budget: of each row, with page_budgets as
+        the op takes them; None: both as planned."""
+        config = self.config
         if page_budget is None:
             page_budget, page_budgets = self.attention.budgets_of(layer)
         return ops.quest_decode_attention(

@@ -203,14 +203,16 @@ def sparse_decode_attention(
         size = k_cache.size(1) if page_size is None else page_size
         if _has_values(block_table, (2,)) and size in PAGE_SIZES:
             _check_page_ids(page_ids, page_counts, seq_lens, size, block_table.size(1) * k_cache.size(1))
-    arguments = (query, k_cache, v_cache, block_table, seq_lens, page_ids, page_counts)
-    if out is None and lse is None:
-        return _ops.sparse_decode_attention(*arguments, page_size=page_size, sm_scale=sm_scale, workspace=workspace)
-    out, lse = _both_outputs(query, out, lse)
-    _ops.sparse_decode_attention_out(
-        *arguments, page_size=page_size, sm_scale=sm_scale, workspace=workspace, out=out, lse=lse
+    return _attend(
+        _ops.sparse_decode_attention,
+        _ops.sparse_decode_attention_out,
+        (query, k_cache, v_cache, block_table, seq_lens, page_ids, page_counts),
+        out,
+        lse,
+        page_size=page_size,
+        sm_scale=sm_scale,
+        workspace=workspace,
     )
-    return out, lse
 
 
 def quest_decode_attention(
@@ -255,15 +257,16 @@ def quest_decode_attention(
         recent_pages,
         head_reduction,
     )
-    if out is None and lse is None:
-        return _ops.quest_decode_attention(
-            *arguments, sm_scale=sm_scale, page_budgets=page_budgets, workspace=workspace
-        )
-    out, lse = _both_outputs(query, out, lse)
-    _ops.quest_decode_attention_out(
-        *arguments, sm_scale=sm_scale, page_budgets=page_budgets, workspace=workspace, out=out, lse=lse
+    return _attend(
+        _ops.quest_decode_attention,
+        _ops.quest_decode_attention_out,
+        arguments,
+        out,
+        lse,
+        sm_scale=sm_scale,
+        page_budgets=page_budgets,
+        workspace=workspace,
     )
-    return out, lse
 
 
 def quest_decode_step(
@@ -318,25 +321,30 @@ def quest_decode_step(
         recent_pages,
         head_reduction,
     )
-    options = {
-        "bound": bound,
-        "bound_scale": bound_scale,
-        "sm_scale": sm_scale,
-        "page_budgets": page_budgets,
-        "workspace": workspace,
-    }
+    return _attend(
+        _ops.quest_decode_step,
+        _ops.quest_decode_step_out,
+        arguments,
+        out,
+        lse,
+        bound=bound,
+        bound_scale=bound_scale,
+        sm_scale=sm_scale,
+        page_budgets=page_budgets,
+        workspace=workspace,
+    )
+
+
+def _attend(op, op_out, arguments: tuple, out: Tensor | None, lse: Tensor | None, **options) -> tuple[Tensor, Tensor]:
+    """An attention op of `arguments`, query first, with fresh outputs or, where one is given, into both."""
     if out is None and lse is None:
-        return _ops.quest_decode_step(*arguments, **options)
-    out, lse = _both_outputs(query, out, lse)
-    _ops.quest_decode_step_out(*arguments, **options, out=out, lse=lse)
-    return out, lse
-
-
-def _both_outputs(query: Tensor, out: Tensor | None, lse: Tensor | None) -> tuple[Tensor, Tensor]:
+        return op(*arguments, **options)
+    query = arguments[0]
     if out is None:
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
     if lse is None:
         lse = query.new_empty(query.shape[:2], dtype=torch.float32)
+    op_out(*arguments, **options, out=out, lse=lse)
     return out, lse
 
 
