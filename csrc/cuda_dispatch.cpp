@@ -75,6 +75,22 @@ void run(cudaError_t (*launch)(const Params&, Chip, cudaStream_t), const Params&
     check(launch(params, scope.chip, scope.stream), op, device, scope.chip);
 }
 
+void append_in(const Scope& scope, const AppendParams& append, int32_t device) {
+    if (append.num_tokens > 0)
+        check(launch_append_paged_kv(append, scope.chip, scope.stream), "append_paged_kv", device, scope.chip);
+}
+
+// What a launch of teams cannot append by itself is appended before.
+void leave_what_teams_append(const Scope& scope, FusedParams& params, int32_t team_log2, int32_t device) {
+    const AttentionParams& a = params.attention;
+    const int64_t blocks = int64_t(a.num_rows) * a.num_kv_heads << team_log2,
+                  items = int64_t(params.append.num_tokens) * a.num_kv_heads;
+    // A row of several sees its request's other new tokens, which only the cache has.
+    if (a.rows_per_request == 1 && plan_spare_blocks(scope.chip, blocks, a.head_dim, items) > 0) return;
+    append_in(scope, params.append, device);
+    params.append.num_tokens = 0;
+}
+
 }  // namespace
 
 void append_paged_kv(const AppendParams& params, int32_t device) {
@@ -95,8 +111,8 @@ void check_workspace_size(const torch::stable::Tensor& workspace, int64_t words)
         fail("workspace has ", workspace.numel(), " bytes; this call needs ", 4 * words, " (8 MiB suffices for any)");
 }
 
-void sparse_decode_attention(const AttentionParams& params, const torch::stable::Tensor& like,
-                             const std::optional<torch::stable::Tensor>& workspace) {
+void sparse_decode_attention(const AttentionParams& params, const AppendParams& append,
+                             const torch::stable::Tensor& like, const std::optional<torch::stable::Tensor>& workspace) {
     const int32_t device = like.get_device_index();
     const Scope scope(device);
     if (workspace && !params.page_ids) {
@@ -105,11 +121,16 @@ void sparse_decode_attention(const AttentionParams& params, const torch::stable:
                       team_log2 = plan_team(scope.chip, teams, group, params.head_dim, 0);
         if (team_log2 >= 0) {
             check_workspace_size(*workspace, teams * team_words(1 << team_log2, group, params.head_dim, 0));
-            return check(launch_dense_decode_attention(params, team_log2, static_cast<uint32_t*>(workspace->data_ptr()),
+            FusedParams dense{};
+            dense.attention = params;
+            dense.append = append;
+            leave_what_teams_append(scope, dense, team_log2, device);
+            return check(launch_dense_decode_attention(dense, team_log2, static_cast<uint32_t*>(workspace->data_ptr()),
                                                        scope.chip, scope.stream),
                          "sparse_decode_attention", device, scope.chip);
         }
     }
+    append_in(scope, append, device);
     AttentionScratch scratch{attention_splits(params, scope.chip), nullptr, nullptr};
     torch::stable::Tensor partial;  // [num_splits, R, Hq, D + 1]: the outputs, then the lse
     if (scratch.num_splits > 1) {
@@ -131,13 +152,6 @@ bool fused_quest_decode_attention(FusedParams params, const torch::stable::Tenso
     const int32_t group = a.num_q_heads / a.num_kv_heads, max_pages = a.paging.max_pages(),
                   team_log2 = plan_team(scope.chip, teams, group, a.head_dim, max_pages);
     if (team_log2 < 0 || a.num_blocks == 0) return false;
-    // A row of several sees its request's other new tokens, which only the cache has.
-    const int64_t items = int64_t(params.append.num_tokens) * a.num_kv_heads;
-    if (items > 0 &&
-        (a.rows_per_request > 1 || plan_spare_blocks(scope.chip, teams << team_log2, a.head_dim, items) == 0)) {
-        check(launch_append_paged_kv(params.append, scope.chip, scope.stream), "append_paged_kv", device, scope.chip);
-        params.append.num_tokens = 0;
-    }
     const int64_t words = teams * team_words(1 << team_log2, group, a.head_dim, max_pages);
     torch::stable::Tensor scratch;
     if (workspace) {
@@ -148,6 +162,7 @@ bool fused_quest_decode_attention(FusedParams params, const torch::stable::Tenso
         check(launch_clear(static_cast<uint32_t*>(scratch.data_ptr()), words, scope.chip, scope.stream),
               "quest_decode_attention", device, scope.chip);
     }
+    leave_what_teams_append(scope, params, team_log2, device);
     check(launch_quest_decode_attention(params, team_log2, static_cast<uint32_t*>(scratch.data_ptr()), scope.chip,
                                         scope.stream),
           "quest_decode_attention", device, scope.chip);
@@ -168,7 +183,7 @@ void append_paged_kv(const AppendParams&, int32_t) { without_cuda(); }
 void update_page_metadata(const UpdateParams&, int32_t) { without_cuda(); }
 void estimate_page_scores(const EstimateParams&, int32_t) { without_cuda(); }
 void select_topk_pages(const SelectParams&, int32_t) { without_cuda(); }
-void sparse_decode_attention(const AttentionParams&, const torch::stable::Tensor&,
+void sparse_decode_attention(const AttentionParams&, const AppendParams&, const torch::stable::Tensor&,
                              const std::optional<torch::stable::Tensor>&) {
     without_cuda();
 }

@@ -197,7 +197,7 @@ void sparse_decode_attention_out(Tensor query_, Tensor k_cache_, Tensor v_cache_
     bind_output(params, query, out, lse);
     check_workspace(workspace, query);
     if (query.tensor.numel() == 0) return;
-    if (query.tensor.is_cuda()) return cuda::sparse_decode_attention(params, query_, workspace);
+    if (query.tensor.is_cuda()) return cuda::sparse_decode_attention(params, {}, query_, workspace);
     check_table_values(params.paging, table.sizes[0], params.seq_lens, params.rows_per_request, k_cache.sizes[0]);
     cpu::sparse_decode_attention(params);
 }
@@ -276,12 +276,9 @@ void quest_decode(const Tensor& query_, const Tensor& k_cache_, const Tensor& v_
                                 append};
         if (cuda::fused_quest_decode_attention(fused, query_, workspace)) return;
     }
-    if (append.num_tokens > 0) {
-        if (on_gpu)
-            cuda::append_paged_kv(append, device);
-        else
-            append_last_tokens(append);
-    }
+    if (on_gpu && covers) return cuda::sparse_decode_attention(attention, append, query_, workspace);
+    if (append.num_tokens > 0 && on_gpu) cuda::append_paged_kv(append, device);
+    if (append.num_tokens > 0 && !on_gpu) append_last_tokens(append);
     Tensor scores, page_ids, page_counts;
     SelectParams select{};
     if (!covers) {
@@ -317,7 +314,7 @@ void quest_decode(const Tensor& query_, const Tensor& k_cache_, const Tensor& v_
         }
     }
     if (on_gpu)
-        cuda::sparse_decode_attention(attention, query_, workspace);
+        cuda::sparse_decode_attention(attention, {}, query_, workspace);
     else
         cpu::sparse_decode_attention(attention);
 }

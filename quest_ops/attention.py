@@ -114,6 +114,7 @@ class QuestAttention:
             self._head_pages = HeadPages(config, group, self._max_rows, cache.device)
             largest = self._head_pages.most(largest)
         self._most_pages = max(config.page_budget, min(largest, table_pages), covering)
+        self._all_pages = max(table_pages, config.sink_pages + config.recent_pages + 1)
         self._dense_layers = frozenset(config.dense_layers)
         self._workspace = None  # where the blocks of a one-launch step meet; steps run on one stream, so one serves all
         if backend in ("quest", "dense") and cache.device.type == "cuda":
@@ -206,40 +207,39 @@ class QuestAttention:
         cache, config = self.cache, self.config
         caches = cache.k_cache(layer), cache.v_cache(layer), cache.page_metadata(layer)
         bound = {"bound": config.bound, "bound_scale": config.bound_scale}
-        if self.step_kind == "quest" and not self.uses_kept and layer not in self._dense_layers:
-            page_budget, page_budgets = self.budgets_of(layer)
-            out, _ = ops.quest_decode_step(
-                query,
-                key,
-                value,
-                *caches,
-                self.request_table,
-                self.seq_lens,
-                page_budget,
-                config.sink_pages,
-                config.recent_pages,
-                config.head_reduction,
-                **bound,
-                sm_scale=self.sm_scale,
-                page_budgets=page_budgets,
-                workspace=self._workspace,
-            )
-            return out
-        ops.append_paged_kv(key, value, *caches, self.slot_mapping, **bound)
-        if self.step_kind == "prefill" or self.backend == "sdpa":
+        dense = self.step_kind == "dense" or layer in self._dense_layers
+        keeps = self.uses_kept and not dense
+        if keeps or self.step_kind == "prefill" or self.backend in ("sdpa", "flashinfer"):
+            ops.append_paged_kv(key, value, *caches, self.slot_mapping, **bound)
+            if keeps:
+                out, _ = ops.sparse_decode_attention(
+                    query,
+                    *caches[:2],
+                    self.request_table,
+                    self.seq_lens,
+                    *self.kept_pages(layer, query),
+                    page_size=config.page_size,
+                    sm_scale=self.sm_scale,
+                )
+                return out
+            if self._flashinfer is not None and self.step_kind != "prefill":
+                return self._flashinfer.run(layer, query)
             return self._run_sdpa(layer, query)
-        if self._flashinfer is not None:
-            return self._flashinfer.run(layer, query)
-        keeps = self.uses_kept and layer not in self._dense_layers
-        pages = self.kept_pages(layer, query) if keeps else ()  # (): all
-        out, _ = ops.sparse_decode_attention(
+        page_budget, page_budgets = (self._all_pages, None) if dense else self.budgets_of(layer)
+        out, _ = ops.quest_decode_step(
             query,
-            *caches[:2],
+            key,
+            value,
+            *caches,
             self.request_table,
             self.seq_lens,
-            *pages,
-            page_size=config.page_size,
+            page_budget,
+            config.sink_pages,
+            config.recent_pages,
+            config.head_reduction,
+            **bound,
             sm_scale=self.sm_scale,
+            page_budgets=page_budgets,
             workspace=self._workspace,
         )
         return out

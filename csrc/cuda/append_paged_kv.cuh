@@ -25,9 +25,8 @@ __device__ __forceinline__ bool continues_page(const AppendParams& p, int token,
     return false;
 }
 
-// Not inline: a decode step's code would be longer to fetch.
 template <class T, class M, int D>
-__device__ __noinline__ void append_by_warp(const AppendParams& p, int token, int head) {
+__device__ __forceinline__ void append_by_warp(const AppendParams& p, int token, int head) {
     constexpr int kLanesPerRow = D / 8;
     const int lane = threadIdx.x % kWarp;
     const int64_t slot = slot_of(p, token);
@@ -70,9 +69,10 @@ __global__ void __launch_bounds__(kWarp) append_paged_kv_kernel(const __grid_con
     append_by_warp<T, M, D>(p, blockIdx.x, blockIdx.y);
 }
 
-// Everything, by blocks number `first` and later of a grid.
+// Everything, by blocks number `first` and later of a grid. Not inline: the other blocks' code would be longer to
+// fetch.
 template <class T, class M, int D>
-__device__ __forceinline__ void append_by_spare_blocks(const AppendParams& p, int first) {
+__device__ __noinline__ void append_by_spare_blocks(const AppendParams& p, int first) {
     const int warps = blockDim.x / kWarp, items = p.num_tokens * p.num_kv_heads;
     for (int item = (blockIdx.x - first) * warps + threadIdx.x / kWarp; item < items;
          item += (gridDim.x - first) * warps)

@@ -21,11 +21,9 @@ cudaError_t launch_clear(uint32_t* words, int64_t count, Chip chip, cudaStream_t
                   count / 4);
 }
 
-cudaError_t launch_dense_decode_attention(const AttentionParams& p, int32_t size_log2, uint32_t* workspace, Chip chip,
+cudaError_t launch_dense_decode_attention(const FusedParams& p, int32_t size_log2, uint32_t* workspace, Chip chip,
                                           cudaStream_t stream) {
-    FusedParams params{};
-    params.attention = p;
-    return launch_team_decode_attention<None>(params, size_log2, workspace, chip, stream);
+    return launch_team_decode_attention<None>(p, size_log2, workspace, chip, stream);
 }
 
 }  // namespace quest::cuda

@@ -23,8 +23,13 @@ __global__ void __launch_bounds__(kTeamThreads, D <= 128 ? 2 : 1)
     }
     let_successor_start();
     wait_for_predecessor();
+    const int teams = p.attention.num_rows * p.attention.num_kv_heads << size_log2;
     if constexpr (!std::is_void_v<M>)
-        append_by_spare_blocks<T, M, D>(p.append, p.attention.num_rows * p.attention.num_kv_heads << size_log2);
+        append_by_spare_blocks<T, M, D>(p.append, teams);
+    else if (p.append.metadata.dtype == DType::kFloat8E4M3)
+        append_by_spare_blocks<T, __nv_fp8_e4m3, D>(p.append, teams);
+    else
+        append_by_spare_blocks<T, T, D>(p.append, teams);
 #endif
 }
 

@@ -207,7 +207,7 @@ __device__ __forceinline__ void decode_by_team(const FusedParams& p, const int s
         if (page < 0) return {0, 0, 0};
         const int first = (page << page_shift) + within, valid = min(tokens - first, 8);
         return {table.block(page), (table.part(page) << page_shift) + within, valid,
-                kScores && p.append.num_tokens > 0 && first + valid == tokens};
+                p.append.num_tokens > 0 && first + valid == tokens};
     };
     using Tokens = TokenTile<T, D>;
     auto own_row = [&](const Rows& rows, int channel) {
