@@ -212,6 +212,15 @@ std::tuple<Tensor, Tensor> sparse_decode_attention(Tensor query, Tensor k_cache,
     return {out, lse};
 }
 
+// What both ops of a whole decode step take.
+struct QuestInputs {
+    Tensor query, k_cache, v_cache, metadata, table, seq_lens;
+    int64_t page_budget, sink_pages, recent_pages;
+    std::string head_reduction;
+    std::optional<double> sm_scale;
+    std::optional<Tensor> page_budgets, workspace;
+};
+
 // The rows' new keys and values, which a step may append first.
 struct NewTokens {
     Tensor key, value;
@@ -219,29 +228,25 @@ struct NewTokens {
     double bound_scale;
 };
 
-void quest_decode(const Tensor& query_, const Tensor& k_cache_, const Tensor& v_cache_, const Tensor& metadata_,
-                  const Tensor& table_, const Tensor& seq_lens_, int64_t page_budget, int64_t sink_pages,
-                  int64_t recent_pages, const std::string& head_reduction, std::optional<double> sm_scale,
-                  const std::optional<Tensor>& page_budgets, const std::optional<Tensor>& workspace,
-                  const NewTokens* tokens, const Tensor& out, const Tensor& lse) {
-    const Arg query("query", query_, {3}, "[rows, num_q_heads, head_dim]");
-    const Arg k_cache = cache_arg("k_cache", k_cache_), v_cache = cache_arg("v_cache", v_cache_);
-    const Arg metadata("page_metadata", metadata_, {4, 5}, kMetadataShape);
-    const Arg table("block_table", table_, {2}, "[requests, max_blocks]"),
-        seq_lens("seq_lens", seq_lens_, {1}, "[rows]");
+void quest_decode(const QuestInputs& in, const NewTokens* tokens, const Tensor& out, const Tensor& lse) {
+    const Arg query("query", in.query, {3}, "[rows, num_q_heads, head_dim]");
+    const Arg k_cache = cache_arg("k_cache", in.k_cache), v_cache = cache_arg("v_cache", in.v_cache);
+    const Arg metadata("page_metadata", in.metadata, {4, 5}, kMetadataShape);
+    const Arg table("block_table", in.table, {2}, "[requests, max_blocks]"),
+        seq_lens("seq_lens", in.seq_lens, {1}, "[rows]");
     check_metadata_of_cache(metadata, k_cache);
     const int64_t page_size = page_size_of(k_cache, check_metadata(metadata, k_cache.sizes[3]));
-    AttentionParams attention =
-        attention_params(query, k_cache, v_cache, table, seq_lens, page_size, k_cache.sizes[1] / page_size, sm_scale);
+    AttentionParams attention = attention_params(query, k_cache, v_cache, table, seq_lens, page_size,
+                                                 k_cache.sizes[1] / page_size, in.sm_scale);
     EstimateParams estimate =
-        estimate_params(query, metadata, table, seq_lens, page_size, reduction_of(head_reduction));
-    check_budget(page_budget, sink_pages, recent_pages);
+        estimate_params(query, metadata, table, seq_lens, page_size, reduction_of(in.head_reduction));
+    check_budget(in.page_budget, in.sink_pages, in.recent_pages);
     const int64_t heads =
         estimate.head_reduction == HeadReduction::kNone ? estimate.num_q_heads : estimate.num_kv_heads;
     int32_t budget_heads;
-    const int32_t* budgets = budgets_of(page_budgets, query, query.sizes[0], heads, &budget_heads);
+    const int32_t* budgets = budgets_of(in.page_budgets, query, query.sizes[0], heads, &budget_heads);
     bind_output(attention, query, out, lse);
-    check_workspace(workspace, query);
+    check_workspace(in.workspace, query);
     AppendParams append{};
     if (tokens) {
         append =
@@ -262,8 +267,8 @@ void quest_decode(const Tensor& query_, const Tensor& k_cache_, const Tensor& v_
 
     // A budget that covers the whole table leaves nothing to select.
     const int32_t max_pages = estimate.paging.max_pages();
-    const bool covers = page_budget >= max_pages && !budgets;
-    const int64_t kept = std::min<int64_t>(page_budget, std::max(max_pages, 1));
+    const bool covers = in.page_budget >= max_pages && !budgets;
+    const int64_t kept = std::min<int64_t>(in.page_budget, std::max(max_pages, 1));
     if (on_gpu && estimate.head_reduction != HeadReduction::kNone && !covers) {
         const FusedParams fused{attention,
                                 estimate.metadata,
@@ -271,20 +276,20 @@ void quest_decode(const Tensor& query_, const Tensor& k_cache_, const Tensor& v_
                                 budgets,
                                 budget_heads,
                                 static_cast<int32_t>(kept),
-                                static_cast<int32_t>(sink_pages),
-                                static_cast<int32_t>(recent_pages),
+                                static_cast<int32_t>(in.sink_pages),
+                                static_cast<int32_t>(in.recent_pages),
                                 append};
-        if (cuda::fused_quest_decode_attention(fused, query_, workspace)) return;
+        if (cuda::fused_quest_decode_attention(fused, in.query, in.workspace)) return;
     }
-    if (on_gpu && covers) return cuda::sparse_decode_attention(attention, append, query_, workspace);
+    if (on_gpu && covers) return cuda::sparse_decode_attention(attention, append, in.query, in.workspace);
     if (append.num_tokens > 0 && on_gpu) cuda::append_paged_kv(append, device);
     if (append.num_tokens > 0 && !on_gpu) append_last_tokens(append);
     Tensor scores, page_ids, page_counts;
     SelectParams select{};
     if (!covers) {
-        scores = new_empty(query_, {estimate.num_rows, heads, max_pages}, ScalarType::Float);
-        page_ids = new_empty(query_, {estimate.num_rows, heads, kept}, ScalarType::Int);
-        page_counts = new_empty(query_, {estimate.num_rows, heads}, ScalarType::Int);
+        scores = new_empty(in.query, {estimate.num_rows, heads, max_pages}, ScalarType::Float);
+        page_ids = new_empty(in.query, {estimate.num_rows, heads, kept}, ScalarType::Int);
+        page_counts = new_empty(in.query, {estimate.num_rows, heads}, ScalarType::Int);
         estimate.scores = static_cast<float*>(scores.data_ptr());
         estimate.fill_tail = false;
         estimate.skip_pages = budgets ? 0 : static_cast<int32_t>(kept);
@@ -303,8 +308,8 @@ void quest_decode(const Tensor& query_, const Tensor& k_cache_, const Tensor& v_
                   max_pages,
                   static_cast<int32_t>(page_size),
                   static_cast<int32_t>(kept),
-                  static_cast<int32_t>(sink_pages),
-                  static_cast<int32_t>(recent_pages)};
+                  static_cast<int32_t>(in.sink_pages),
+                  static_cast<int32_t>(in.recent_pages)};
         if (on_gpu) {
             cuda::estimate_page_scores(estimate, device);
             cuda::select_topk_pages(select, device);
@@ -314,7 +319,7 @@ void quest_decode(const Tensor& query_, const Tensor& k_cache_, const Tensor& v_
         }
     }
     if (on_gpu)
-        cuda::sparse_decode_attention(attention, {}, query_, workspace);
+        cuda::sparse_decode_attention(attention, {}, in.query, in.workspace);
     else
         cpu::sparse_decode_attention(attention);
 }
@@ -324,8 +329,9 @@ void quest_decode_attention_out(Tensor query, Tensor k_cache, Tensor v_cache, Te
                                 std::string head_reduction, std::optional<double> sm_scale,
                                 std::optional<Tensor> page_budgets, std::optional<Tensor> workspace, Tensor out,
                                 Tensor lse) {
-    quest_decode(query, k_cache, v_cache, metadata, table, seq_lens, page_budget, sink_pages, recent_pages,
-                 head_reduction, sm_scale, page_budgets, workspace, nullptr, out, lse);
+    quest_decode({query, k_cache, v_cache, metadata, table, seq_lens, page_budget, sink_pages, recent_pages,
+                  head_reduction, sm_scale, page_budgets, workspace},
+                 nullptr, out, lse);
 }
 
 std::tuple<Tensor, Tensor> quest_decode_attention(Tensor query, Tensor k_cache, Tensor v_cache, Tensor metadata,
@@ -334,8 +340,9 @@ std::tuple<Tensor, Tensor> quest_decode_attention(Tensor query, Tensor k_cache, 
                                                   std::optional<double> sm_scale, std::optional<Tensor> page_budgets,
                                                   std::optional<Tensor> workspace) {
     auto [out, lse] = new_output(query);
-    quest_decode(query, k_cache, v_cache, metadata, table, seq_lens, page_budget, sink_pages, recent_pages,
-                 head_reduction, sm_scale, page_budgets, workspace, nullptr, out, lse);
+    quest_decode({query, k_cache, v_cache, metadata, table, seq_lens, page_budget, sink_pages, recent_pages,
+                  head_reduction, sm_scale, page_budgets, workspace},
+                 nullptr, out, lse);
     return {out, lse};
 }
 
@@ -345,8 +352,9 @@ void quest_decode_step_out(Tensor query, Tensor key, Tensor value, Tensor k_cach
                            std::optional<double> sm_scale, std::optional<Tensor> page_budgets,
                            std::optional<Tensor> workspace, Tensor out, Tensor lse) {
     const NewTokens tokens{key, value, bound, bound_scale};
-    quest_decode(query, k_cache, v_cache, metadata, table, seq_lens, page_budget, sink_pages, recent_pages,
-                 head_reduction, sm_scale, page_budgets, workspace, &tokens, out, lse);
+    quest_decode({query, k_cache, v_cache, metadata, table, seq_lens, page_budget, sink_pages, recent_pages,
+                  head_reduction, sm_scale, page_budgets, workspace},
+                 &tokens, out, lse);
 }
 
 std::tuple<Tensor, Tensor> quest_decode_step(Tensor query, Tensor key, Tensor value, Tensor k_cache, Tensor v_cache,

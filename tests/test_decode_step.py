@@ -161,23 +161,28 @@ def test_shapes_of_models(batch, kv_heads, group, tokens, page, head_dim, metada
         assert_step(step, budget)
 
 
+def growing_rows(metadata_dtype, steps, first=1000):
+    """A problem of two requests, their caches before `steps` tokens come to each, and these: (key, value, lengths)."""
+    sizes = {"page": 8, "parts": 2, "layout": "HND", "metadata_dtype": metadata_dtype}
+    problem = Problem([first + steps, first - 300 + steps], 4, 4, 128, **sizes, device="cuda")
+    tokens = []
+    for back in reversed(range(steps)):
+        problem.set_lengths([first + steps - back, first - 300 + steps - back])
+        step = Step(problem)
+        tokens.append((step.key.clone(), step.value.clone(), problem.lens.clone()))
+    caches = problem.k.clone(), problem.v.clone(), problem.metadata.clone()
+    caches[2].view(torch.uint8).fill_(0xFF)
+    known = tokens[0][2] - 1
+    quest_ops.update_page_metadata(caches[0], caches[2], problem.table, known, torch.zeros_like(known))
+    return problem, caches, tokens
+
+
 @pytest.mark.gpu
 @METADATA
 def test_a_replayed_step_appends_and_sees_one_token_after_the_other(metadata_dtype):
-    steps, first = 200, 1000
-    sizes = {"page": 8, "parts": 2, "layout": "HND", "metadata_dtype": metadata_dtype}
-    problem = Problem([first + steps, first - 300 + steps], 4, 4, 128, **sizes, device="cuda")
-    tokens = [Step(problem)]
-    for back in range(1, steps):
-        problem.set_lengths([first + steps - back, first - 300 + steps - back])
-        tokens.append(Step(problem))
-    tokens.reverse()  # from the earliest one
-    key, value, lens = tokens[0].key.clone(), tokens[0].value.clone(), problem.lens.clone()
-    problem.set_lengths([first + steps, first - 300 + steps])
-    caches = problem.k.clone(), problem.v.clone(), problem.metadata.clone()
+    problem, caches, tokens = growing_rows(metadata_dtype, 200)
+    key, value, lens = (tensor.clone() for tensor in tokens[0])
     workspace = new_workspace()
-    caches[2].view(torch.uint8).fill_(0xFF)
-    quest_ops.update_page_metadata(caches[0], caches[2], problem.table, lens - 1, torch.zeros_like(lens))
 
     def step():
         return quest_ops.quest_decode_step(
@@ -192,8 +197,9 @@ def test_a_replayed_step_appends_and_sees_one_token_after_the_other(metadata_dty
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out, lse = step()
-    for number, token in enumerate(tokens):
-        key.copy_(token.key), value.copy_(token.value), lens.copy_(problem.lengths - steps + 1 + number)
+    for token in tokens:
+        for given, new in zip((key, value, lens), token, strict=True):
+            given.copy_(new)
         graph.replay()
         expected = quest_ops.quest_decode_attention(
             problem.query, *caches, problem.table, lens, 40, 1, 2, "max", workspace=workspace
@@ -205,3 +211,35 @@ def test_a_replayed_step_appends_and_sees_one_token_after_the_other(metadata_dty
     rebuilt = torch.full_like(problem.metadata.view(torch.uint8), 0xFF).view(problem.metadata.dtype)
     quest_ops.update_page_metadata(problem.k, rebuilt, problem.table, problem.lengths, torch.zeros_like(lens))
     assert_same_bits(caches[2], rebuilt)
+
+
+@pytest.mark.gpu
+@METADATA
+@pytest.mark.parametrize("recent_pages", [1, 2, 3])
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_step_that_starts_before_the_last_one_has_ended(metadata_dtype, recent_pages, apart):
+    """Launches one after the other on one layer: what the last one appends to is read by the next one."""
+    problem, caches, tokens = growing_rows(metadata_dtype, 60)
+    workspace = new_workspace()
+
+    def step(caches, key, value, lens):
+        choice = problem.table, lens, 40, 1, recent_pages, "max"
+        if not apart:
+            return quest_ops.quest_decode_step(problem.query, key, value, *caches, *choice, workspace=workspace)
+        blocks = problem.blocks.gather(1, (lens.long()[:, None] - 1) // 16)[:, 0]
+        quest_ops.append_paged_kv(key, value, *caches, blocks * 16 + (lens - 1) % 16)
+        return quest_ops.quest_decode_attention(problem.query, *caches, *choice, workspace=workspace)
+
+    expected, alone = [], [cache.clone() for cache in caches]
+    for token in tokens:
+        expected.append(step(alone, *token))
+        torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        actual = [step(caches, *token) for token in tokens]
+    graph.replay()
+    for now, wanted in zip(actual, expected, strict=True):
+        assert_same_bits(now[0], wanted[0])
+        assert_same_bits(now[1], wanted[1])
+    for now, wanted in zip(caches, alone, strict=True):
+        assert_same_bits(now, wanted)

@@ -64,9 +64,12 @@ __device__ __forceinline__ void append_by_warp(const AppendParams& p, int token,
 
 template <class T, class M, int D>
 __global__ void __launch_bounds__(kWarp) append_paged_kv_kernel(const __grid_constant__ AppendParams p) {
-    let_successor_start();
     wait_for_predecessor();
+    // The bounds of pages that are not a request's last two may be read by a successor that starts early.
+    const bool last_tokens = p.seq_lens && p.rows_per_request <= p.page_size;
+    if (last_tokens) let_successor_start();
     append_by_warp<T, M, D>(p, blockIdx.x, blockIdx.y);
+    if (!last_tokens) __threadfence();
 }
 
 // Everything, by blocks number `first` and later of a grid. Not inline: the other blocks' code would be longer to

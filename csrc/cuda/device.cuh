@@ -42,6 +42,11 @@ __device__ __forceinline__ To bits_as(From x) {
     return y;
 }
 
+// Into L2.
+__device__ __forceinline__ void prefetch(const void* address) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
 // Rows of a cache are read once: keep them out of L1. Not .nc: a kernel may start before its predecessor has written
 // them.
 __device__ __forceinline__ uint4 load_streaming(const void* address) {
@@ -111,7 +116,7 @@ __device__ __forceinline__ float max_keep_nan(float a, float b) {
 }
 
 // Programmatic dependent launch: a kernel may start while its predecessor drains, and reads nothing before it has
-// waited.
+// waited, but for what team_guess.cuh says.
 __device__ __forceinline__ void wait_for_predecessor() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -142,12 +147,19 @@ struct PageTable {
     __device__ __forceinline__ int visible(int seq_len) const { return min(max(seq_len, 0), max_pages << page_shift); }
     __device__ __forceinline__ int pages(int tokens) const { return (tokens + (1 << page_shift) - 1) >> page_shift; }
 
-    // Brings the block numbers into L1 by all threads of the block, one line each.
+    // Brings the block numbers into L1 by all threads of the block, one line each. A load, unlike a prefetch, is never
+    // dropped: better where there are many.
+    template <bool kMany>
     __device__ __forceinline__ void prefetch() const {
         constexpr int kEntries = 32;  // a line of 128 bytes
 #pragma unroll 1
-        for (int i = threadIdx.x * kEntries; i < entry(max_pages); i += blockDim.x * kEntries)
-            asm volatile("prefetch.global.L1 [%0];" ::"l"(blocks + i));
+        for (int i = threadIdx.x * kEntries; i < entry(max_pages); i += blockDim.x * kEntries) {
+            int unused;
+            if (kMany)
+                asm volatile("ld.global.ca.b32 %0, [%1];" : "=r"(unused) : "l"(blocks + i));
+            else
+                asm volatile("prefetch.global.L1 [%0];" ::"l"(blocks + i));
+        }
     }
 
     // Page i is part i % M of block i / M. Exact for every page number: they stay under 2^28.

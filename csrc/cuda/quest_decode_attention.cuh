@@ -21,8 +21,8 @@ __global__ void __launch_bounds__(kTeamThreads, D <= 128 ? 2 : 1)
         decode_by_team<T, M, D, kChunks>(p, size_log2, workspace, alone, place);
         return;
     }
-    let_successor_start();
     wait_for_predecessor();
+    let_successor_start();
     const int teams = p.attention.num_rows * p.attention.num_kv_heads << size_log2;
     if constexpr (!std::is_void_v<M>)
         append_by_spare_blocks<T, M, D>(p.append, teams);

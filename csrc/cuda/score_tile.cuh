@@ -81,6 +81,16 @@ struct PageTile {
         for (int c = 0; c < kLoads; ++c) load_part(from, c);
     }
 
+    // Into L2. The four lanes of a page share its lines.
+    static __device__ __forceinline__ void prefetch(const Source& from) {
+        constexpr int kLine = 128;
+        const int t = threadIdx.x % 4;
+#pragma unroll
+        for (int half_tile = 0; half_tile < 2; ++half_tile)
+            for (int at = t * kLine; at < kPageBytes; at += 4 * kLine)
+                quest::cuda::prefetch(from.bounds[half_tile] + at - 16 * t);
+    }
+
     static __device__ __forceinline__ uint4 chunk_of(const uint4 (&bounds)[kLoads], int c) {
         if constexpr (kNarrow)
             return c % 2 == 0 ? widen_low<T>(bounds[c / 2].x, bounds[c / 2].y)

@@ -38,7 +38,6 @@ __device__ __forceinline__ void decode_by_team(const FusedParams& p, const int s
     // Columns past the group repeat its last head.
     const T* query_head = row_of<T>(a.query, row, kv_head * group + min(g, group - 1));
     mark_phase(0);
-    if (!alone) let_successor_start();
     const PageDeal<kLists> deal{warp * size + rank, kTeamWarps * size};
     Selection selection;
     uint32_t* words = chosen_words;
@@ -51,14 +50,28 @@ __device__ __forceinline__ void decode_by_team(const FusedParams& p, const int s
         using Tile = PageTile<T, M, D>;
         BlockSelect<kTeamThreads> select{selecting};
         select.clear_bins();
-        int guess[2] = {0, 0};
-        const bool guesses = alone && guess_blocks<M, D>(guess, p, table, row, kv_head, deal, 0);
-        if (Tile::kNarrow && guesses) {  // tiles of half the bytes: the second one, too
-            int second[2];
-            guess_blocks<M, D>(second, p, table, row, kv_head, deal, 1);
-        }
         const char* metadata = Tile::lane_part(p.metadata, kv_head);
         const uint32_t block_bytes = bytes_of<M>(p.metadata.block_stride);
+        constexpr int kTilesAhead = Tile::kNarrow ? 2 : 1;  // loads in flight: 64 registers of a lane
+        Tile tiles[kTilesAhead];
+        auto source_of = [&](const int (&blocks)[2], int tile) {
+            const PagePlace places[2] = {{blocks[0], table.part(deal.page(tile, g))},
+                                         {blocks[1], table.part(deal.page(tile, g + 8))}};
+            return typename Tile::Source(metadata, block_bytes, places);
+        };
+        int guess[kTilesAhead + 1][2];  // -1: none
+#pragma unroll
+        for (int i = 0; i <= kTilesAhead; ++i) guess[i][0] = guess[i][1] = -1;
+        if (const int pages = guess_pages(p, table, row); pages > 0) {
+#pragma unroll
+            for (int i = 0; i < kTilesAhead; ++i)
+                if (deal.first(i) < pages) {
+                    guess_blocks(guess[i], a, table, deal, i, pages);
+                    tiles[i].load(source_of(guess[i], i));
+                }
+            if (kLists && size == kMaxTeam && deal.first(kTilesAhead) < pages)
+                guess_blocks(guess[kTilesAhead], a, table, deal, kTilesAhead, pages);
+        }
         wait_for_predecessor();
         mark_phase(1);
 
@@ -67,31 +80,24 @@ __device__ __forceinline__ void decode_by_team(const FusedParams& p, const int s
         auto blocks_at = [&](int (&blocks)[2], int tile, int end) {
             blocks[0] = block_of(deal.page(tile, g), end), blocks[1] = block_of(deal.page(tile, g + 8), end);
         };
-        int blocks[2];
-        blocks_at(blocks, 0, table.max_pages);
+        int first_blocks[kTilesAhead][2], blocks[2];
+#pragma unroll
+        for (int i = 0; i < kTilesAhead; ++i) blocks_at(first_blocks[i], i, table.max_pages);
         const auto asked_query = query.ask(query_head);
-        constexpr int kTilesAhead = Tile::kNarrow ? 2 : 1;  // loads in flight: 64 registers of a lane
-        Tile tiles[kTilesAhead];
-        auto source_of = [&](const int (&blocks)[2], int tile) {
-            const PagePlace places[2] = {{blocks[0], table.part(deal.page(tile, g))},
-                                         {blocks[1], table.part(deal.page(tile, g + 8))}};
-            return typename Tile::Source(metadata, block_bytes, places);
-        };
-        if (guesses) tiles[0].load(source_of(guess, 0));
-        table.prefetch();
+        table.template prefetch<kLists>();
+        // Until the query is here, the memory may as well bring the next tile near.
+        if (kLists && guess[kTilesAhead][0] >= 0) Tile::prefetch(source_of(guess[kTilesAhead], kTilesAhead));
         row_lengths.take(asked, p, table);
         // Score: tiles of 16 pages. The last page, and pages that do not exist, take block 0.
         if (kept < num_pages) {
-            if (deal.page(0, g) >= num_pages - 1) blocks[0] = 0;
-            if (deal.page(0, g + 8) >= num_pages - 1) blocks[1] = 0;
-            if (!guesses || __any_sync(kAllLanes, blocks[0] != guess[0] || blocks[1] != guess[1]))
-                if (deal.first(0) < num_pages) tiles[0].load(source_of(blocks, 0));
 #pragma unroll
-            for (int i = 1; i < kTilesAhead; ++i)
-                if (deal.first(i) < num_pages) {
-                    blocks_at(blocks, i, num_pages - 1);
-                    tiles[i].load(source_of(blocks, i));
-                }
+            for (int i = 0; i < kTilesAhead; ++i) {
+                if (deal.first(i) >= num_pages) break;
+                if (deal.page(i, g) >= num_pages - 1) first_blocks[i][0] = 0;
+                if (deal.page(i, g + 8) >= num_pages - 1) first_blocks[i][1] = 0;
+                if (__any_sync(kAllLanes, first_blocks[i][0] != guess[i][0] || first_blocks[i][1] != guess[i][1]))
+                    tiles[i].load(source_of(first_blocks[i], i));
+            }
             blocks_at(blocks, kTilesAhead, num_pages - 1);
         }
         query.keep(asked_query);
@@ -101,6 +107,9 @@ __device__ __forceinline__ void decode_by_team(const FusedParams& p, const int s
             int best_page = 0;
             const int first_forced = num_pages - p.recent_pages, capacity = warp_keys_capacity(table.max_pages, size);
             WarpKeys mine{reinterpret_cast<uint32_t*>(warp_out) + warp * capacity, 0, {deal.warp, deal.num_warps}};
+            // The next launch reads its first bounds while this one's blocks meet and the memory rests: best asked for
+            // after the last of this one's own. It takes a microsecond to get there.
+            const bool starts_early = kLists ? size < kMaxTeam : !Tile::kNarrow;
             int tile = 0;
             while (deal.first(tile) < num_pages) {
 #pragma unroll
@@ -108,6 +117,7 @@ __device__ __forceinline__ void decode_by_team(const FusedParams& p, const int s
                     if (deal.first(tile) >= num_pages) break;
                     const int next = tile + kTilesAhead;
                     const bool has_next = deal.first(next) < num_pages;
+                    if (starts_early && !has_next) let_successor_start();
                     const typename Tile::Source source = source_of(blocks, next);
                     blocks_at(blocks, next + 1, num_pages - 1);
                     float c[4];
@@ -154,6 +164,7 @@ __device__ __forceinline__ void decode_by_team(const FusedParams& p, const int s
                 __syncthreads();  // all of the block's keys are on their way
                 if (threadIdx.x == 0) publish(space.done + rank, 1u);
             }
+            let_successor_start();
             mark_phase(2);
             wait_for_team(space, size);
             if constexpr (kLists) {
@@ -174,17 +185,15 @@ __device__ __forceinline__ void decode_by_team(const FusedParams& p, const int s
                              kTeamWarps * kTileTokens << size_log2);
         wait_for_predecessor();
         mark_phase(1);
+        if (!alone) let_successor_start();
         const int asked = RowLengths::ask(p, row, team);
         const auto asked_query = query.ask(query_head);
-        table.prefetch();
+        table.template prefetch<false>();
         row_lengths.take(asked, p, table);
         kept = num_pages;
         query.keep(asked_query);
         __syncthreads();
     }
-
-    // The next launch may fetch what it needs first, but not before this one has asked for most of what it needs.
-    if (kLists && alone) let_successor_start();
 
     // Attend: every size-th of the chosen pages from `rank` on, 16 tokens a warp at a time.
     mark_phase(5);
@@ -228,7 +237,7 @@ __device__ __forceinline__ void decode_by_team(const FusedParams& p, const int s
             tile_tokens.load_keys(keys, runs, own_key);
             if constexpr (D <= 128) tile_tokens.load_values(values, runs, own_value);
         }
-        if (alone) let_successor_start();
+        let_successor_start();  // where nothing was scored: not before most of what is needed is asked for
         tile += kTeamWarps;
         find_pages(pages, tile);
         float score[4];
@@ -237,7 +246,7 @@ __device__ __forceinline__ void decode_by_team(const FusedParams& p, const int s
         softmax.add(score, tile_tokens);
     }
 
-    if (alone) let_successor_start();
+    let_successor_start();
     if (kLists && words != chosen_words) __syncthreads();  // warp_out is used again
     mark_phase(6);
     const TeamPlace again = kept_place;

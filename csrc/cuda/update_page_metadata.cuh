@@ -7,8 +7,7 @@ namespace quest::cuda {
 
 template <class T, class M, int D>
 __global__ void __launch_bounds__(kWarp* kWarpsPerBlock) update_page_metadata_kernel(const UpdateParams p) {
-    let_successor_start();
-    wait_for_predecessor();
+    wait_for_predecessor();  // and no successor starts early: it might read bounds at once
 
     const int request = blockIdx.z, head = blockIdx.y, warp = threadIdx.x / kWarp, page_size = p.paging.page_size;
     const PageTable table(p.paging, request);
@@ -26,6 +25,7 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock) update_page_metadata_ke
         store_page_bounds<T, M, D>(keys, p.k_cache.token_stride, min(page_size, tokens - page * page_size), p.bound,
                                    bounds);
     }
+    __threadfence();
 }
 
 }  // namespace quest::cuda
