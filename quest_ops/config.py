@@ -47,7 +47,8 @@ class QuestConfig:
     metadata in docs/accuracy.md, "Loss, and answers found", by its table of policies ("mean_std 1, pages of 8, 8-bit").
     They fit the defaults of PagedKVCache. The paper's own choice is `QuestConfig.paper()`.
 
-    page_size: tokens a page: 8, 16, 32, 64 or 128; the cache's. Chosen by the table of policies.
+    page_size: tokens a page: 8, 16, 32, 64 or 128; the cache's. Chosen by the table of policies; for contexts of more
+        than 16 budgets larger ones are better (`for_context`).
     token_budget: most tokens a decode row attends to, sink and recent ones included; rounded down to whole pages.
         budget_ratio lets it grow with the row's length, head_budgets shares it out among layers and heads.
     sink_tokens, recent_tokens: first and last tokens that are always attended to; rounded up to whole pages. At least
@@ -179,6 +180,25 @@ class QuestConfig:
             "dense_layers": (0, 1),
         }
         return cls(**policy | settings)
+
+    @classmethod
+    def for_context(cls, tokens: int, token_budget: int = 2048, **settings) -> QuestConfig:
+        """For contexts of about `tokens`: the page size that loses least there among those that read no more bytes than
+        pages of 8 at `token_budget` do, by docs/accuracy.md, "Longer contexts".
+
+        Pages of 8 up to 16 budgets of context, of 16 up to 64, else of 32. A larger page has less metadata to read, by
+        tokens / 32 or 3 * tokens / 64 tokens' K and V of 16 bits, and the budget is as much larger. `settings` are the
+        other fields; with page_size or metadata_dtype among them there is nothing left to choose: TypeError.
+        """
+        check_int("tokens", tokens, 1)
+        check_int("token_budget", token_budget, 1)
+        for name in ("page_size", "metadata_dtype"):
+            if name in settings:
+                raise TypeError(f"for_context chooses {name}, got {settings[name]!r}")
+        page_size = 8 if tokens <= 16 * token_budget else 16 if tokens <= 64 * token_budget else 32
+        # Two vectors of 8 bits a page are half of K and V of a token of 16.
+        saved = tokens // 16 - tokens // (2 * page_size)
+        return cls(page_size=page_size, token_budget=token_budget + saved, **settings)
 
     @classmethod
     def with_head_budgets(cls, path: str | Path, **settings) -> QuestConfig:

@@ -241,7 +241,11 @@ def quest_decode_attention(
     On a GPU of compute capability 9.0 and later the whole step is one launch wherever its blocks fit the chip together.
     They exchange scores through `workspace`: uint8 `[bytes]`, zeros at first use, `WORKSPACE_BYTES` (8 MiB) for any
     call, left as zeros; calls that may run at the same time need one each. None: fresh scratch, cleared by a launch of
-    its own (1 to 4 us, more with many pages).
+    its own (1 to 5 us, more with many pages).
+
+    That launch reads page_metadata while the kernel before it may still run, if that lets dependents start early
+    (programmatic dependent launch): other code that writes metadata by such a kernel must not do so before it has
+    written. All else is read after it has ended.
     """
     if _checking() and _has_values(k_cache, (4,)):
         _check_block_table(block_table, seq_lens, k_cache.size(1), k_cache.size(0))

@@ -47,6 +47,34 @@ def test_paper_is_as_the_paper_says():
     assert QuestConfig.paper(dense_layers=()).dense_layers == ()
 
 
+@pytest.mark.parametrize(
+    ("tokens", "budget", "page_size", "token_budget"),
+    [
+        (1, 2048, 8, 2048),
+        (32768, 2048, 8, 2048),  # 16 budgets
+        (32769, 2048, 16, 3072),
+        (131072, 2048, 16, 6144),  # 64
+        (131073, 2048, 32, 8192),
+        (131072, 512, 32, 6656),
+        (2**20, 2048, 32, 51200),
+    ],
+)
+def test_longer_contexts_have_larger_pages_and_budgets_of_as_many_bytes(tokens, budget, page_size, token_budget):
+    config = QuestConfig.for_context(tokens, budget, recent_tokens=128)
+    assert (config.page_size, config.token_budget, config.recent_tokens) == (page_size, token_budget, 128)
+    assert (config.bound, config.metadata_dtype) == ("mean_std", torch.float8_e4m3fn)
+    read = config.token_budget + tokens / (2 * page_size)  # in tokens' K and V of 16 bits
+    assert abs(read - (budget + tokens / 16)) <= 1
+
+
+def test_for_context_takes_no_page_size():
+    for name, value in (("page_size", 8), ("metadata_dtype", None)):
+        with pytest.raises(TypeError, match=f"for_context chooses {name}, got"):
+            QuestConfig.for_context(1024, **{name: value})
+    with pytest.raises(ValueError, match="tokens must be at least 1, got 0"):
+        QuestConfig.for_context(0)
+
+
 def test_the_smallest_budget_holds_sink_recent_and_one_page():
     assert QuestConfig(token_budget=8 * 11).page_budget == 11
     with pytest.raises(ValueError, match=r"token_budget 87 is 10 pages.*at least 88"):
