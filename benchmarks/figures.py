@@ -63,6 +63,9 @@ def draw(record: dict, path: Path) -> None:
         raise ValueError("nothing to draw: the rows are of none of the benchmarks")
     figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 5), squeeze=False, layout="constrained")
     for axis, (title, label, lines) in zip(axes[0], panels):
+        if kind is _end_to_end and len({x for _, points, _ in lines for x, _ in points}) == 1:
+            _bars(axis, title, label, lines)
+            continue
         for name, points, style in lines:
             axis.plot(*zip(*sorted(points)), label=name, markersize=4, **style)
         axis.set_yscale("log" if kind in (_kernels, _break_even) else "linear")
@@ -79,11 +82,23 @@ def draw(record: dict, path: Path) -> None:
             axis.set_ylim(0, None)
         axis.grid(alpha=0.3)
     for axis in axes[0] if kind is _end_to_end else axes[0][:1]:  # only there lines differ from panel to panel
-        axis.legend(fontsize=8)
+        if axis.lines:
+            axis.legend(fontsize=8)
     figure.suptitle(f"{record['gpu'] or record['cpu']}, torch {record['torch']}", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def _bars(axis, title: str, label: str, lines: list[tuple]) -> None:
+    """What has one context only."""
+    names = [name for name, _, _ in lines]
+    bars = axis.barh(names, [points[0][1] for _, points, _ in lines], color=[style["color"] for _, _, style in lines])
+    axis.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+    axis.invert_yaxis()
+    axis.margins(x=0.12)
+    axis.tick_params(axis="y", labelsize=8)
+    axis.set(title=f"{title}, {lines[0][1][0][0] // 1024}K", xlabel=label)
 
 
 def _kernels(rows: list[dict]) -> list[tuple]:

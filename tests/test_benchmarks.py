@@ -294,6 +294,17 @@ def test_the_ratio_is_to_flashinfer_where_there_and_the_shares_add_up(bench):
         assert bench.figures.label_of(older) == names[0]
 
 
+def test_one_context_is_drawn_as_bars_and_several_as_lines(bench, tmp_path):
+    pytest.importorskip("matplotlib")
+    times = {("quest", QuestConfig()): 9.0, ("sdpa", QuestConfig()): 40.0, "without": 5.0, "products": 4.0}
+    one, other = (bench.end_to_end.rows_of("m", "int4", 1, context, times) for context in (8192, 32768))
+    drawn = []
+    for name, rows in (("one", one), ("two", one + other)):
+        bench.figures.draw({"gpu": "a GPU", "torch": "2.11", "rows": rows}, tmp_path / name)
+        drawn.append((tmp_path / f"{name}.png").read_bytes())
+    assert drawn[0] != drawn[1] and all(picture.startswith(b"\x89PNG") for picture in drawn)
+
+
 @pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
 @torch.inference_mode()
 def test_the_products_are_those_of_a_step(bench, weights):
