@@ -204,45 +204,61 @@ class QuestAttention:
         then nothing has been written.
         """
         self._check_inputs(layer, query, key, value)
-        cache, config = self.cache, self.config
-        caches = cache.k_cache(layer), cache.v_cache(layer), cache.page_metadata(layer)
-        bound = {"bound": config.bound, "bound_scale": config.bound_scale}
         dense = self.step_kind == "dense" or layer in self._dense_layers
-        keeps = self.uses_kept and not dense
-        if keeps or self.step_kind == "prefill" or self.backend in ("sdpa", "flashinfer"):
-            ops.append_paged_kv(key, value, *caches, self.slot_mapping, **bound)
-            if keeps:
-                out, _ = ops.sparse_decode_attention(
-                    query,
-                    *caches[:2],
-                    self.request_table,
-                    self.seq_lens,
-                    *self.kept_pages(layer, query),
-                    page_size=config.page_size,
-                    sm_scale=self.sm_scale,
-                )
-                return out
+        if self.step_kind == "prefill" or self.backend in ("sdpa", "flashinfer"):
+            self.append(layer, key, value)
             if self._flashinfer is not None and self.step_kind != "prefill":
                 return self._flashinfer.run(layer, query)
             return self._run_sdpa(layer, query)
+        cache, config = self.cache, self.config
+        if self.uses_kept and not dense:
+            self.append(layer, key, value)
+            out, _ = ops.sparse_decode_attention(
+                query,
+                cache.k_cache(layer),
+                cache.v_cache(layer),
+                self.request_table,
+                self.seq_lens,
+                *self.kept_pages(layer, query),
+                page_size=config.page_size,
+                sm_scale=self.sm_scale,
+            )
+            return out
         page_budget, page_budgets = (self._all_pages, None) if dense else self.budgets_of(layer)
         out, _ = ops.quest_decode_step(
             query,
             key,
             value,
-            *caches,
+            cache.k_cache(layer),
+            cache.v_cache(layer),
+            cache.page_metadata(layer),
             self.request_table,
             self.seq_lens,
             page_budget,
             config.sink_pages,
             config.recent_pages,
             config.head_reduction,
-            **bound,
+            bound=config.bound,
+            bound_scale=config.bound_scale,
             sm_scale=self.sm_scale,
             page_budgets=page_budgets,
             workspace=self._workspace,
         )
         return out
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Writes the planned step's key and value [N, Hkv, D] to the cache of a layer. `run` does so by itself."""
+        cache, config = self.cache, self.config
+        ops.append_paged_kv(
+            key,
+            value,
+            cache.k_cache(layer),
+            cache.v_cache(layer),
+            cache.page_metadata(layer),
+            self.slot_mapping,
+            bound=config.bound,
+            bound_scale=config.bound_scale,
+        )
 
     def budgets_of(self, layer: int) -> tuple[int, Tensor | None]:
         """page_budget and page_budgets of the planned decode step in a layer, as the ops take them."""

@@ -20,15 +20,7 @@ class Step:
         self.attention, self.config, self.cache = attention, attention.config, attention.cache
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> None:
-        ops.append_paged_kv(
-            key,
-            value,
-            *self._pool(layer),
-            self.cache.page_metadata(layer),
-            self.attention.slot_mapping,
-            bound=self.config.bound,
-            bound_scale=self.config.bound_scale,
-        )
+        self.attention.append(layer, key, value)
 
     def choose(self, layer: int, query: Tensor) -> tuple[Tensor, Tensor]:
         """Page ids [R, Hs, K], padded with -1, and counts [R, Hs], int32, of what Quest chooses; of rows that keep
