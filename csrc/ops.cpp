@@ -282,8 +282,7 @@ void quest_decode(const QuestInputs& in, const NewTokens* tokens, const Tensor& 
         if (cuda::fused_quest_decode_attention(fused, in.query, in.workspace)) return;
     }
     if (on_gpu && covers) return cuda::sparse_decode_attention(attention, append, in.query, in.workspace);
-    if (append.num_tokens > 0 && on_gpu) cuda::append_paged_kv(append, device);
-    if (append.num_tokens > 0 && !on_gpu) append_last_tokens(append);
+    if (append.num_tokens > 0) on_gpu ? cuda::append_paged_kv(append, device) : append_last_tokens(append);
     Tensor scores, page_ids, page_counts;
     SelectParams select{};
     if (!covers) {

@@ -22,7 +22,7 @@ struct ScoreKeys {
     }
     template <class F>
     __device__ __forceinline__ void for_each(F&& f) const {
-        for (int page = first + threadIdx.x; page < last; page += kSelectThreads) f(key(page), page, page);
+        for (int page = first + threadIdx.x; page < last; page += kSelectThreads) f(key(page), page);
     }
     __device__ void order_equals(uint32_t x) { equal = x; }
     __device__ uint32_t max_pages() const { return last; }
@@ -94,12 +94,12 @@ __global__ void __launch_bounds__(kSelectThreads) select_topk_pages_kernel(const
     uint32_t cut = bracket.low - 1;
     int cut_page = -1;
     if (bracket.count != bracket.wanted) {
-        keys.for_each([&](uint32_t key, int page, int) {
-            if (bracket.holds(key)) select.offer(key, page, page);
+        keys.for_each([&](uint32_t key, int page) {
+            if (bracket.holds(key)) select.offer(key, page);
         });
         __syncthreads();
         uint2 candidate;
-        const bool keeps = select.keeps_candidate(bracket, &candidate);
+        const bool keeps = select.rank_candidate(bracket, &candidate) < bracket.wanted;
         cut = __reduce_min_sync(kAllLanes, keeps ? candidate.x : 0xffffffffu);
         cut_page = __reduce_max_sync(kAllLanes, keeps && candidate.x == cut ? int(candidate.y) : -1);
     }

@@ -20,14 +20,14 @@ template <class T, class M, int D, int kChunks>
 __device__ __forceinline__ void decode_by_team(const FusedParams& p, const int size_log2, uint32_t* workspace,
                                                const bool alone, const TeamPlace place) {
     constexpr bool kScores = !std::is_void_v<M>, kLists = kChunks == 0;
-    // [warps, head_offset(group)]; before that, each warp's keys, then perhaps `words`.
+    // [warps, head_offset(group)]; before that, each warp's keys, then perhaps the chosen pages.
     extern __shared__ __align__(16) float warp_out[];
     __shared__ typename BlockSelect<kTeamThreads>::Shared selecting;
-    __shared__ __align__(16) uint32_t chosen_words[(kLists ? kShortlistChunks : kChunks) * kWarp];
+    // Of at least two blocks' turns. From shortlists half of the entries are chosen at most.
+    __shared__ uint32_t chosen_pages[kScores ? (kLists ? kShortlistEntries / 4 : kChunks * kKeysAtOnce / 2) : 1];
     __shared__ WarpSums<kTeamWarps> sums;
     __shared__ SharedQuery<T, M, D> query;
     const AttentionParams& a = p.attention;
-    __shared__ uint32_t listed_pages[kLists ? kShortlistEntries : 1];
     __shared__ TeamPlace kept_place;  // until the merge: the registers are needed for loads in flight
     if (threadIdx.x == 0) kept_place = place;
     const int size = 1 << size_log2, team = place.team, rank = place.rank, kv_head = place.kv_head, row = place.row;
@@ -36,12 +36,11 @@ __device__ __forceinline__ void decode_by_team(const FusedParams& p, const int s
     const PageTable table(a.paging, a.rows_per_request == 1 ? row : row / a.rows_per_request);
     const TeamSpace space(workspace, team, size, group, D, kScores ? table.max_pages : 0);
     // Columns past the group repeat its last head.
-    const T* query_head = row_of<T>(a.query, row, kv_head * group + min(g, group - 1));
+    const T* query_from = query.chunk_of(row_of<T>(a.query, row, kv_head * group + min(g, group - 1)));
+    const int32_t* length_from = RowLengths::word_of(p, row, team);
     mark_phase(0);
     const PageDeal<kLists> deal{warp * size + rank, kTeamWarps * size};
-    Selection selection;
-    uint32_t* words = chosen_words;
-    int chunks = kLists ? kShortlistChunks : kChunks;
+    uint32_t* chosen = chosen_pages;
     bool listed = false;
     RowLengths row_lengths;
     int &tokens = row_lengths.tokens, &num_pages = row_lengths.num_pages, &kept = row_lengths.kept;
@@ -75,7 +74,8 @@ __device__ __forceinline__ void decode_by_team(const FusedParams& p, const int s
         wait_for_predecessor();
         mark_phase(1);
 
-        const int asked = RowLengths::ask(p, row, team);
+        const auto asked_query = query.ask(query_from);  // first: it is what the others wait for
+        const int asked = *length_from;
         auto block_of = [&](int page, int end) { return page < end ? table.block(page) : 0; };
         auto blocks_at = [&](int (&blocks)[2], int tile, int end) {
             blocks[0] = block_of(deal.page(tile, g), end), blocks[1] = block_of(deal.page(tile, g + 8), end);
@@ -83,7 +83,6 @@ __device__ __forceinline__ void decode_by_team(const FusedParams& p, const int s
         int first_blocks[kTilesAhead][2], blocks[2];
 #pragma unroll
         for (int i = 0; i < kTilesAhead; ++i) blocks_at(first_blocks[i], i, table.max_pages);
-        const auto asked_query = query.ask(query_head);
         table.template prefetch<kLists>();
         // Until the query is here, the memory may as well bring the next tile near.
         if (kLists && guess[kTilesAhead][0] >= 0) Tile::prefetch(source_of(guess[kTilesAhead], kTilesAhead));
@@ -168,15 +167,15 @@ __device__ __forceinline__ void decode_by_team(const FusedParams& p, const int s
             mark_phase(2);
             wait_for_team(space, size);
             if constexpr (kLists) {
-                if (lists) listed = select_listed(&selection, space, select, words, listed_pages, kept, size);
+                if (lists) listed = select_listed({chosen, rank, size_log2}, space, select, kept, size);
                 if (!listed) {
                     mine.publish_all(space.keys, num_pages);
-                    words = reinterpret_cast<uint32_t*>(warp_out), chunks = (num_pages + kKeysAtOnce - 1) / kKeysAtOnce;
-                    selection =
-                        select_published(space.done, space.keys, &selecting, words, rank, num_pages, kept, size);
+                    chosen = reinterpret_cast<uint32_t*>(warp_out);
+                    select_published({chosen, rank, size_log2}, space.done, space.keys, &selecting, num_pages, kept);
                 }
             } else {
-                selection = select_pages<kChunks>(space, select, words, num_pages, p.sink_pages, first_forced, kept);
+                select_pages<kChunks>({chosen, rank, size_log2}, space, select, num_pages, p.sink_pages, first_forced,
+                                      kept);
             }
         }
     } else {
@@ -186,8 +185,8 @@ __device__ __forceinline__ void decode_by_team(const FusedParams& p, const int s
         wait_for_predecessor();
         mark_phase(1);
         if (!alone) let_successor_start();
-        const int asked = RowLengths::ask(p, row, team);
-        const auto asked_query = query.ask(query_head);
+        const auto asked_query = query.ask(query_from);
+        const int asked = *length_from;
         table.template prefetch<false>();
         row_lengths.take(asked, p, table);
         kept = num_pages;
@@ -204,9 +203,7 @@ __device__ __forceinline__ void decode_by_team(const FusedParams& p, const int s
 #pragma unroll 1
         for (int start = tile * kTileTokens;; start += 8) {
             const int index = start >> page_shift;
-            const int n = (index << size_log2) + rank;
-            pages[1] = index >= num_mine ? -1 : kept < num_pages ? selection.place(words, chunks, n) : n;
-            if (kLists && listed && pages[1] >= 0) pages[1] = listed_pages[pages[1]];
+            pages[1] = index >= num_mine ? -1 : kept < num_pages ? int(chosen[index]) : (index << size_log2) + rank;
             if (start % kTileTokens == 0) pages[0] = pages[1];
             if (page_shift > 3 || start % kTileTokens != 0) break;
         }
@@ -247,7 +244,7 @@ __device__ __forceinline__ void decode_by_team(const FusedParams& p, const int s
     }
 
     let_successor_start();
-    if (kLists && words != chosen_words) __syncthreads();  // warp_out is used again
+    if (kLists && chosen != chosen_pages) __syncthreads();  // warp_out is used again
     mark_phase(6);
     const TeamPlace again = kept_place;
     const TeamSpace mine(workspace, again.team, size, group, D, kScores ? table.max_pages : 0);

@@ -11,11 +11,15 @@
 
 namespace quest::cuda {
 
-// How many pages a row has, as far as is known; 0: nothing is to be read early.
+// How long a row is, as far as is known.
+__device__ __forceinline__ int guess_tokens(const FusedParams& p, const PageTable& table, int row) {
+    return table.visible(peek_word(reinterpret_cast<const uint32_t*>(p.attention.seq_lens + row)));
+}
+
+// How many pages that is; 0: nothing is to be read early.
 __device__ __forceinline__ int guess_pages(const FusedParams& p, const PageTable& table, int row) {
     if (p.recent_pages < 2) return 0;
-    const int num_pages =
-        table.pages(table.visible(peek_word(reinterpret_cast<const uint32_t*>(p.attention.seq_lens + row))));
+    const int num_pages = table.pages(guess_tokens(p, table, row));
     return num_pages > p.page_budget ? num_pages : 0;
 }
 
@@ -36,7 +40,7 @@ __device__ __forceinline__ void guess_blocks(int (&blocks)[2], const AttentionPa
 template <class T, int D>
 __device__ __forceinline__ void guess_page(const FusedParams& p, const PageTable& table, int row, int kv_head, int page,
                                            int most_tokens) {
-    const int tokens = table.visible(peek_word(reinterpret_cast<const uint32_t*>(p.attention.seq_lens + row)));
+    const int tokens = guess_tokens(p, table, row);
     if (tokens > most_tokens || page >= table.pages(tokens)) return;
     const int block = peek_word(reinterpret_cast<const uint32_t*>(table.blocks + table.entry(page)));
     if (block >= 0 && block < p.attention.num_blocks) prefetch_page<T, D>(p.attention, table, kv_head, page, block);

@@ -10,11 +10,12 @@ namespace quest::cuda {
 struct RowLengths {
     int tokens, num_pages, kept;
 
-    // One lane a word: a load that all lanes ask for alike goes to a uniform register and is waited for at once.
-    static __device__ __forceinline__ int ask(const FusedParams& p, int row, int team) {
+    // Where a lane's word lies: a load that all lanes ask for alike goes to a uniform register and is waited for at
+    // once.
+    static __device__ __forceinline__ const int32_t* word_of(const FusedParams& p, int row, int team) {
         const int32_t* from = p.attention.seq_lens + row;
         if (threadIdx.x % kWarp == 1 && p.page_budgets) from = p.page_budgets + (p.budget_heads == 1 ? row : team);
-        return *from;
+        return from;
     }
     __device__ __forceinline__ void take(int asked, const FusedParams& p, const PageTable& table) {
         int budget = p.page_budget;
@@ -36,14 +37,18 @@ struct SharedQuery {
     struct Chunk {
         uint4 plain, narrow;
     };
-    // head: the query head of this lane's column.
-    static __device__ __forceinline__ Chunk ask(const T* head) {
-        const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    // Where this lane's chunk lies. head: the query head of its column.
+    static __device__ __forceinline__ const T* chunk_of(const T* head) {
+        return head + 32 * (threadIdx.x / kWarp) + threadIdx.x % 4 * 8;
+    }
+    static __device__ __forceinline__ Chunk ask(const T* from) {
+        const int warp = threadIdx.x / kWarp;
         Chunk chunk{};
         if (warp < D / 32) {
-            chunk.plain = *reinterpret_cast<const uint4*>(head + 32 * warp + lane % 4 * 8);
+            chunk.plain = *reinterpret_cast<const uint4*>(from);
             if constexpr (kNarrow)
-                chunk.narrow = *reinterpret_cast<const uint4*>(head + PageTile<T, M, D>::channel(warp));
+                chunk.narrow = *reinterpret_cast<const uint4*>(from - 32 * warp - threadIdx.x % 4 * 8 +
+                                                               PageTile<T, M, D>::channel(warp));
         }
         return chunk;
     }

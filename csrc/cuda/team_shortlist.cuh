@@ -79,11 +79,9 @@ struct WarpKeys {
     }
 };
 
-// Selects from the team's shortlists; false, in every block of the team, where they do not suffice. pages: of all
-// places.
-__device__ __forceinline__ bool select_listed(Selection* selection, const TeamSpace& space,
-                                              BlockSelect<kTeamThreads> select, uint32_t* words,
-                                              uint32_t (&pages)[kShortlistEntries], int kept, int size) {
+// Selects from the team's shortlists; false, in every block of the team, where they do not suffice.
+__device__ __forceinline__ bool select_listed(const ChosenPages& chosen, const TeamSpace& space,
+                                              BlockSelect<kTeamThreads> select, int kept, int size) {
     const int lane = threadIdx.x % kWarp;
     const bool has_bounds = lane * 4 < size * kTeamWarps;
     TeamKeys<kShortlistChunks, true> keys;
@@ -108,12 +106,9 @@ __device__ __forceinline__ bool select_listed(Selection* selection, const TeamSp
     const uint32_t bound = __reduce_max_sync(kAllLanes, max(max(bounds.x, bounds.y), max(bounds.z, bounds.w)));
     if (bound == kForcedKey) return false;
 #pragma unroll
-    for (int c = 0; c < kShortlistChunks; ++c) {
+    for (int c = 0; c < kShortlistChunks; ++c)
 #pragma unroll
         for (int j = 0; j < 4; ++j) --keys.listed_page[c][j];
-        *reinterpret_cast<uint4*>(&pages[c * kKeysAtOnce + threadIdx.x * 4]) = {
-            keys.listed_page[c][0], keys.listed_page[c][1], keys.listed_page[c][2], keys.listed_page[c][3]};
-    }
     uint32_t lowest = kNanKey, highest = 2;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -124,7 +119,7 @@ __device__ __forceinline__ bool select_listed(Selection* selection, const TeamSp
     const Bracket bracket = select.bracket(keys, {min(range.x, range.y), range.y}, kept);
     mark_phase(4);
     if (bracket.low < bound) return false;  // a key that is not listed might be kept
-    *selection = mark_places(keys, bracket, select, words);
+    list_pages(chosen, keys, bracket, select, kept);
     return true;
 }
 
@@ -134,42 +129,32 @@ struct PublishedKeys {
     int num_pages;
     uint32_t equal = 0;  // not 0: keys are in order_equals()'s terms
 
-    __device__ __forceinline__ int chunks() const { return (num_pages + kKeysAtOnce - 1) / kKeysAtOnce; }
     static __device__ constexpr uint32_t max_pages() { return kMaxFusedPages; }
     template <class F>
-    __device__ __forceinline__ void for_chunks(F&& f) const {
+    __device__ __forceinline__ void for_each(F&& f) const {
 #pragma unroll 1
-        for (int c = 0; c < chunks(); ++c) {
-            const int page = c * kKeysAtOnce + threadIdx.x * 4;
+        for (int start = 0; start < num_pages; start += kKeysAtOnce) {
+            const int page = start + threadIdx.x * 4;
             const uint4 v = page < num_pages ? peek(keys + page) : uint4{};
             uint32_t key[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-            for (int j = 0; j < 4; ++j)
+            for (int j = 0; j < 4; ++j) {
                 if (page + j >= num_pages)
                     key[j] = equal == 0 ? 1 : 0;
                 else if (equal != 0)
                     key[j] = key[j] > equal ? kForcedKey : key[j] == equal ? max_pages() - (page + j) : 0;
-            f(c, key);
-        }
-    }
-    template <class F>
-    __device__ __forceinline__ void for_each(F&& f) const {
-        for_chunks([&](int c, const uint32_t (&key)[4]) {
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const int page = c * kKeysAtOnce + threadIdx.x * 4 + j;
-                f(key[j], page, page);
+                f(key[j], page + j);
             }
-        });
+        }
     }
     __device__ void order_equals(uint32_t key) { equal = key; }
 };
 
-// Selects from the keys of all pages, which every warp has published by now. words: kWarp of each chunk. Not inline:
-// seldom needed.
-static __device__ __noinline__ Selection select_published(uint32_t* done, const uint32_t* published,
-                                                          BlockSelect<kTeamThreads>::Shared* selecting, uint32_t* words,
-                                                          int rank, int num_pages, int kept, int size) {
+// Selects from the keys of all pages, which every warp has published by now. Not inline: seldom needed.
+static __device__ __noinline__ void select_published(ChosenPages chosen, uint32_t* done, const uint32_t* published,
+                                                     BlockSelect<kTeamThreads>::Shared* selecting, int num_pages,
+                                                     int kept) {
+    const int rank = chosen.rank, size = 1 << chosen.size_log2;
     BlockSelect<kTeamThreads> select{*selecting};
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -186,7 +171,7 @@ static __device__ __noinline__ Selection select_published(uint32_t* done, const 
     PublishedKeys keys{published, num_pages};
     const Bracket bracket = select.bracket(keys, select.true_range(keys), kept);
     mark_phase(4);
-    return mark_places(keys, bracket, select, words);
+    list_pages(chosen, keys, bracket, select, kept);
 }
 
 }  // namespace quest::cuda

@@ -48,8 +48,7 @@ struct BlockSelect {
     struct Shared {
         alignas(16) uint32_t bins[kBins + 1];  // the last: keys that do not count
         alignas(8) uint2 candidates[kWarp];    // key, page
-        uint32_t places[kWarp];                // theirs
-        uint32_t lows[kWarps], highs[kWarps], num_candidates;
+        uint32_t lows[kWarps], highs[kWarps], counts[kWarps], num_candidates;
     };
     Shared& shared;
 
@@ -63,7 +62,7 @@ struct BlockSelect {
     __device__ uint2 true_range(const Keys& keys) {
         const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
         uint32_t low = kForcedKey, high = 1;
-        keys.for_each([&](uint32_t key, int, int) {
+        keys.for_each([&](uint32_t key, int) {
             if (key > 1 && key < kForcedKey) low = min(low, key), high = max(high, key);
         });
         low = __reduce_min_sync(kAllLanes, low), high = __reduce_max_sync(kAllLanes, high);
@@ -73,7 +72,7 @@ struct BlockSelect {
         return {low, max(low, __reduce_max_sync(kAllLanes, shared.highs[lane % kWarps]))};
     }
 
-    // Brackets the threshold of the `wanted` >= 1 best keys. keys.for_each(f) calls f(key, page, place) for this
+    // Brackets the threshold of the `wanted` >= 1 best keys. keys.for_each(f) calls f(key, page) for this
     // thread's keys, keys.order_equals(key) makes pages of that key differ, the earlier one the better, in (0,
     // keys.max_pages()]. `range`: where the threshold is first sought, up to the best key; a guess that may be wrong.
     // Bins must be clear, with a barrier since.
@@ -83,7 +82,7 @@ struct BlockSelect {
         uint32_t low = range.x, high = range.y, limit = 0xffffffffu;  // keys above high belong to the last bin
         while (true) {
             const int shift = max(32 - __clz(high - low) - kBinBits, 0);
-            keys.for_each([&](uint32_t key, int, int) {
+            keys.for_each([&](uint32_t key, int) {
                 const uint32_t above_low = key - low;
                 atomicAdd(&shared.bins[above_low <= limit - low ? min(above_low >> shift, kBins - 1u) : kBins], 1u);
             });
@@ -130,13 +129,13 @@ struct BlockSelect {
     }
 
     // Each thread offers its keys that the bracket holds; where all of them are kept, none is to be offered.
-    __device__ __forceinline__ void offer(uint32_t key, int page, int place) {
-        const uint32_t i = atomicAdd(&shared.num_candidates, 1u);
-        shared.candidates[i] = {key, uint32_t(page)}, shared.places[i] = place;
+    __device__ __forceinline__ void offer(uint32_t key, int page) {
+        shared.candidates[atomicAdd(&shared.num_candidates, 1u)] = {key, uint32_t(page)};
     }
 
-    // After a barrier, where candidates were offered: this lane's, and whether it is kept. The same in every warp.
-    __device__ __forceinline__ bool keeps_candidate(const Bracket& bracket, uint2* candidate) const {
+    // After a barrier, where candidates were offered: this lane's, and how many are better. The first `wanted` are
+    // kept.
+    __device__ __forceinline__ uint32_t rank_candidate(const Bracket& bracket, uint2* candidate) const {
         const uint32_t lane = threadIdx.x % kWarp;
         *candidate = shared.candidates[lane];
         uint32_t better = 0;
@@ -146,7 +145,7 @@ struct BlockSelect {
                            page = __shfl_sync(kAllLanes, candidate->y, i);
             better += key > candidate->x || (key == candidate->x && page < candidate->y);
         }
-        return lane < bracket.count && better < bracket.wanted;
+        return lane < bracket.count ? better : kForcedKey;
     }
 };
 
