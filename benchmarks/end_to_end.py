@@ -39,7 +39,7 @@ from timing import graph_us, release_memory, steps_us
 from quest_ops import QuestConfig
 from quest_ops.llama.model import Llama, default_dtype
 from quest_ops.llama.quantized import WEIGHTS as ROUNDED_WEIGHTS
-from quest_ops.llama.quantized import Int4Linear, Int8Linear
+from quest_ops.llama.quantized import Int8Linear
 
 WEIGHTS = ("fp32", *ROUNDED_WEIGHTS)
 POLICIES = {
@@ -84,7 +84,7 @@ def step_ms(attention, step: Callable[[], object], device: str) -> float:
 
 def products(model: Llama, batch: int) -> Callable[[], object]:
     """All matrix products of a step, one after the other on the same inputs."""
-    layers = [m for m in model.modules() if isinstance(m, (torch.nn.Linear, Int8Linear, Int4Linear))]
+    layers = [m for m in model.modules() if hasattr(m, "in_features")]
     inputs = {
         size: torch.randn(batch, size, device=model.device).to(model.dtype) for size in {m.in_features for m in layers}
     }
@@ -291,6 +291,7 @@ def main() -> None:
     print(HEADER)
     for name in args.models:
         model = load(name, args.weights, args.device)
+        linear = type(model.blocks[0].mlp.down).__name__  # whose products: torch's or humming's
         longest = model.config.max_position_embeddings
         if max(args.context) > longest:
             raise SystemExit(f"--context {max(args.context)} is more than the {longest} positions of {name}")
@@ -305,7 +306,8 @@ def main() -> None:
                 rows += new
         del model
     threads, compiled = torch.get_num_threads(), args.compiled
-    contents = {"what": "milliseconds a decode step", "threads": threads, "compiled": compiled, "rows": rows}
+    contents = {"what": "milliseconds a decode step", "threads": threads, "compiled": compiled, "linear": linear}
+    contents["rows"] = rows
     record.finish(args, args.device, contents)
 
 

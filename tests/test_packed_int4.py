@@ -37,6 +37,11 @@ SETTINGS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def without_humming(monkeypatch):
+    monkeypatch.setattr("quest_ops.llama.humming_linear._is_installed", lambda: False)
+
+
 def words(codes: np.ndarray) -> torch.Tensor:
     """[..., 8] of 0 to 15 as int32, the first in the lowest 4 bits."""
     packed = sum(codes[..., i].astype(np.uint64) << np.uint64(4 * i) for i in range(8))

@@ -18,6 +18,11 @@ SHAPES = [(48, 32), (640, 96), (64, 192), (512, 1024)]  # groups of 32, 32, 64 a
 KINDS = sorted(QUANTIZED)
 
 
+@pytest.fixture(autouse=True)
+def without_humming(monkeypatch):
+    monkeypatch.setattr("quest_ops.llama.humming_linear._is_installed", lambda: False)
+
+
 def random_weight(shape, device, seed=0) -> torch.Tensor:
     """Rows of all sizes, some off centre; one of zeros, one of equal numbers, one of a single large number."""
     generator = torch.Generator().manual_seed(seed)

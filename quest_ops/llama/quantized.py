@@ -1,8 +1,9 @@
 """Linear layers with weights of 8 or 4 bits, rounded to nearest, or of 4 bits as a checkpoint has them. Inputs, outputs
 and sums are those of bfloat16 layers.
 
-The products are torch's own. Where torch has none that is fast (many rows; 8 bits on a GPU), the weights are expanded
-to bfloat16 for the call, or within the kernel that torch.compile makes of the call.
+On a GPU the products are humming's, where that is installed (see `humming_linear`). Else they are torch's own. Where
+torch has none that is fast (many rows; 8 bits on a GPU), the weights are expanded to bfloat16 for the call, or within
+the kernel that torch.compile makes of the call.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .packed_int4 import Int4Packing
+from .humming_linear import MOST_ZERO_POINT, HummingLinear, humming_takes
+from .packed_int4 import PACKED, Int4Packing
 
 # Up to so many rows, products with low-bit weights beat those with expanded ones.
 INT8_ROWS, INT4_ROWS = 4, 16
@@ -22,6 +24,8 @@ class Int8Linear(nn.Module):
 
     weight, bias: bfloat16, of any N and K. Raises ValueError for other dtypes and for weights that are not finite.
     """
+
+    kind = "int8"
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         super().__init__()
@@ -60,6 +64,8 @@ class Int4Linear(nn.Module):
     weight, bias: bfloat16, N a multiple of 16 and K of 32. Raises ValueError for others and for weights that are not
     finite.
     """
+
+    kind = "int4"
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         super().__init__()
@@ -135,6 +141,43 @@ class Int4Linear(nn.Module):
 
 QUANTIZED = {"int8": Int8Linear, "int4": Int4Linear}
 WEIGHTS = ("bf16", *QUANTIZED)
+
+
+def low_bit_linear(kind: str, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
+    """The layer of weights in "int8" or "int4" that is the fastest on their device."""
+    if not humming_takes(*weight.shape, weight.device):
+        return QUANTIZED[kind](weight, bias)
+    check_weight(kind, weight)
+    check_finite(kind, weight.abs().amax(1))
+    return HummingLinear.rounded(kind, weight, bias)
+
+
+def linear_of_codes(codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None = None) -> nn.Module:
+    """Of the weights that `Int4Linear.from_codes` takes, the layer that is the fastest on their device."""
+    if humming_takes(*codes.shape, codes.device):
+        check_finite("int4", scales)
+        zero_points = 8 - zeros.float() / scales.float()
+        if bool((zero_points.abs() <= MOST_ZERO_POINT).all()):
+            return HummingLinear(codes, scales, zero_points.to(scales.dtype), bias)
+    return Int4Linear.from_codes(codes, scales, zeros, bias)
+
+
+def take_packed(block: nn.Module, tensors: dict[str, Tensor], packing: Int4Packing) -> None:
+    """Replaces the linear layers within a block by those of its packed tensors, and these tensors by theirs."""
+    for name in [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]:
+        packed = {kind: tensors.pop(f"{name}.{kind}") for kind in PACKED if f"{name}.{kind}" in tensors}
+        layer = linear_of_codes(*packing.unpack(**packed), tensors.pop(f"{name}.bias", None))
+        block.set_submodule(name, layer)
+        tensors |= {f"{name}.{kind}": tensor for kind, tensor in layer.state_dict().items()}
+
+
+def round_linears(block: nn.Module, kind: str) -> None:
+    """Replaces the linear layers within a block by low-bit ones; embedding, norm and lm_head have none within."""
+    for parent in list(block.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                bias = None if child.bias is None else child.bias.data
+                setattr(parent, name, low_bit_linear(kind, child.weight.data, bias))
 
 
 def check_weights(weights: str | None, dtype: torch.dtype, packing: Int4Packing | None = None) -> None:

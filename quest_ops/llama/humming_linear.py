@@ -1,0 +1,141 @@
+"""Linear layers with weights of 8 or 4 bits, multiplied by humming's kernels: as fast for 16 rows as for one, and made
+for many rows too.
+
+humming (github.com/vllm-project/humming, the extra "int4" of this package) compiles a few kernels for each shape of
+weights when a layer of that shape is first made, within seconds, and keeps them in a folder of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor, nn
+
+# A zero point is kept in bfloat16, in steps of the scale. Were it larger, its rounding would be felt.
+MOST_ZERO_POINT = 512
+MANY_ROWS = 64, 8192  # above 16, the numbers that kernels are made for
+
+
+def humming_takes(outputs: int, inputs: int, device: torch.device) -> bool:
+    """Whether humming is installed and serves weights [outputs, inputs] on this device."""
+    if device.type != "cuda" or outputs % 128 or inputs % 128 or not _is_installed():
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@functools.cache
+def _is_installed() -> bool:
+    return importlib.util.find_spec("humming") is not None
+
+
+class HummingLinear(nn.Module):
+    """Weights (code - zero_point) * scale, bfloat16 inputs, outputs and bias.
+
+    codes: [N, K] of 0 to 15 (4 bits) or 0 to 255 (8 bits), N and K multiples of 128.
+    scales: bfloat16, [N, K / group_size] of a group_size of 128, 64 or 32 (4 bits), or [N, 1] (8 bits).
+    zero_points: like scales, of magnitude up to 512; with 8 bits None, which stands for 128.
+    In the product a weight is what two roundings to bfloat16 leave of it.
+    """
+
+    def __init__(self, codes: Tensor, scales: Tensor, zero_points: Tensor | None, bias: Tensor | None = None):
+        from humming.kernel.humming import HummingKernel
+        from humming.layer import HummingLayer
+        from humming.ops import pack_weight
+
+        super().__init__()
+        self.out_features, self.in_features = codes.shape
+        bits = 8 if zero_points is None else 4
+        self.kind = f"int{bits}"
+        groups = {"group_size": 0} if bits == 8 else {"group_size": self.in_features // scales.size(1)}
+        zeros = {"has_zero_point": bits == 4, "is_fp_zero_point": bits == 4}
+        tensors = {"weight": pack_weight(codes.int().contiguous(), bits), "weight_scale": scales.contiguous()}
+        if zero_points is not None:
+            tensors["zero_point"] = zero_points.contiguous()
+        with torch.cuda.device(codes.device):
+            layer = HummingLayer(
+                shape_n=self.out_features,
+                shape_k=self.in_features,
+                weight_config={"dtype": self.kind, **groups, **zeros},
+                torch_dtype=torch.bfloat16,
+            ).to(codes.device)
+            layer.load_from_tensors(tensors)
+            layer.transform()
+            config = layer.humming_config
+            self.kernels = HummingKernel.prepare_kernels(config.to_str(), None, _tuning(layer, codes.device))
+        self.register_buffer("packed", layer.weight.data)
+        self.register_buffer("scales", layer.weight_scale.data)
+        self.register_buffer("zero_points", None if zero_points is None else layer.zero_point.data)
+        self.register_buffer("locks", layer.locks)
+        self.register_buffer("bias", bias)
+
+    @classmethod
+    def rounded(cls, kind: str, weight: Tensor, bias: Tensor | None = None) -> HummingLinear:
+        """The layer of weights [N, K] in bfloat16, rounded to nearest. kind: "int8", with a scale for each output, each
+        weight within scale / 2; or "int4", with a scale and a zero point for each 128 adjacent weights of an output,
+        each within scale / 2 + 1/64 of the largest magnitude among these."""
+        rows = weight.float()
+        if kind == "int8":
+            scales = (rows.abs().amax(1, keepdim=True) / 127).clamp(min=torch.finfo(weight.dtype).tiny)
+            scales = scales.to(weight.dtype)
+            codes = (rows / scales.float()).round_().clamp_(-127, 127).add_(128)
+            return cls(codes, scales, None, bias)
+        groups = rows.view(len(rows), -1, 128)
+        low, high = groups.aminmax(dim=2, keepdim=True)
+        least = torch.maximum(low.abs(), high.abs()) / MOST_ZERO_POINT  # where a group's weights are nearly the same
+        scales = torch.maximum((high - low) / 15, least).clamp(min=torch.finfo(weight.dtype).tiny).to(weight.dtype)
+        zero_points = (-low / scales.float()).to(weight.dtype)
+        codes = (groups / scales.float() + zero_points.float()).round_().clamp_(0, 15).view_as(rows)
+        return cls(codes, scales[..., 0], zero_points[..., 0], bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [M, K] -> [M, N], bfloat16."""
+        from humming.ops import launch_kernel
+
+        out = launch_kernel(
+            configs=self.kernels,
+            inputs=x.contiguous(),
+            weight=self.packed,
+            weight_scale=self.scales,
+            zero_point=self.zero_points,
+            outputs=x.new_empty(len(x), self.out_features),
+            locks=self.locks,
+        )
+        return out if self.bias is None else out + self.bias
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self.packed.is_cpu or self.scales.dtype != torch.bfloat16:
+            raise RuntimeError(
+                f"{self.kind} weights cannot become {self.scales.dtype} on {self.packed.device}: load the model there, "
+                "in bfloat16"
+            )
+        return self
+
+
+def _tuning(layer: nn.Module, device: torch.device) -> list:
+    """Which kernel serves how many rows: [more than, at most, its shape]. Above 16 rows as humming chooses."""
+    from humming.layer import HummingLayerMethod
+
+    # Up to 16 rows, its choice reads some shapes slowly. In us, on an H100, a row by 4-bit weights: 6144x4096 13.9 as
+    # it chooses, 11.6 here; 28672x4096 36.3, 33.9; 12288x4096 19.0, 17.2; 22016x4096 29.2, 25.4; with K of 14336 or
+    # 11008 19.9 and 19.2, 20.7 and 18.3. By 8-bit weights 128256x4096: 194, 184.
+    outputs, inputs = layer.shape_n, layer.shape_k
+    short = outputs <= 64 * torch.cuda.get_device_properties(device).multi_processor_count and inputs <= 4096
+    whole = short and inputs % 256 == 0  # each block's sums are whole
+    few = [
+        {
+            "block_shape": (rows, 64, 256 if whole else 128),
+            "warp_shape": (rows, 64, 32),
+            "mma_type": "mma",
+            "use_stream_k": not whole,
+            "num_stages": 4,
+            "num_ctas_per_sm": 1 if whole else 3,
+            "use_pdl": True,
+        }
+        for rows in (8, 16)
+    ]
+    theirs = HummingLayerMethod.get_default_tuning_configs(layer)
+    many = [next(config for low, high, config in theirs if low < rows <= high) for rows in MANY_ROWS]
+    return [[0, 8, few[0]], [8, 16, few[1]], [16, MANY_ROWS[0], many[0]], [MANY_ROWS[0], 1 << 30, many[1]]]
