@@ -287,11 +287,11 @@ def parse() -> argparse.Namespace:
 @torch.inference_mode()
 def main() -> None:
     args = parse()
-    rows, entries = [], entries_of(args.attention, args.quests)
+    rows, linear, entries = [], [], entries_of(args.attention, args.quests)
     print(HEADER)
     for name in args.models:
         model = load(name, args.weights, args.device)
-        linear = type(model.blocks[0].mlp.down).__name__  # whose products: torch's or humming's
+        linear.append(type(model.blocks[0].mlp.down).__name__)  # whose products: torch's or humming's
         longest = model.config.max_position_embeddings
         if max(args.context) > longest:
             raise SystemExit(f"--context {max(args.context)} is more than the {longest} positions of {name}")
@@ -305,9 +305,13 @@ def main() -> None:
                     show(row)
                 rows += new
         del model
-    threads, compiled = torch.get_num_threads(), args.compiled
-    contents = {"what": "milliseconds a decode step", "threads": threads, "compiled": compiled, "linear": linear}
-    contents["rows"] = rows
+    contents = {
+        "what": "milliseconds a decode step",
+        "threads": torch.get_num_threads(),
+        "compiled": args.compiled,
+        "linear": linear,
+        "rows": rows,
+    }
     record.finish(args, args.device, contents)
 
 

@@ -33,6 +33,12 @@ def device(request):
     return request.param
 
 
+@pytest.fixture
+def without_humming(monkeypatch):
+    """Low-bit products are torch's, where humming is installed too."""
+    monkeypatch.setattr("quest_ops.llama.humming_linear._is_installed", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def smollm2_checkpoint():
     """The embedded model in float32, read once for all tests: that takes seconds. Copy the state dict before a model is

@@ -1,13 +1,13 @@
 """Low-bit weights by humming's kernels: how far from the given ones, products of few and many rows, in the decoder."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
-import torch.nn.functional as F
 from models import random_llama
 from test_generate import CONFIG, COVERING, assert_same_choices, generate_with_logits, make, random_prompts
-from test_quantized import exact_rows, linears, logits_of, random_weight, relative
+from test_quantized import KINDS, check_products, exact_rows, linears, logits_of, random_weight, relative
 
 from quest_ops.llama.humming_linear import HummingLinear, humming_takes
 from quest_ops.llama.quantized import Int4Linear, linear_of_codes, low_bit_linear
@@ -16,7 +16,6 @@ pytestmark = pytest.mark.gpu
 pytest.importorskip("humming")
 
 SHAPES = [(128, 128), (640, 256), (256, 1152)]
-KINDS = ["int8", "int4"]
 WIDE = dataclasses.replace(CONFIG, hidden_size=256, intermediate_size=512, vocab_size=512)
 
 
@@ -42,16 +41,7 @@ def test_weights_are_within_half_a_scale_and_rounding(kind, shape):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(640, 256), (16384, 512)])
 def test_products_do_not_depend_on_how_many_rows_there_are(kind, rows, shape):
-    weight, generator = random_weight(shape, "cuda"), torch.Generator().manual_seed(1)
-    bias = torch.randn(shape[0], generator=generator).to("cuda", torch.bfloat16)
-    x = torch.randn(rows, shape[1], generator=generator).to("cuda", torch.bfloat16)
-    weights_used = exact_rows(low_bit_linear(kind, weight), shape[1], "cuda", 1).float()
-    layer = low_bit_linear(kind, weight, bias)
-    out = layer(x)
-    assert torch.equal(layer(torch.cat([x, x], 1)[:, : shape[1]]), out)  # as a slice of rows
-    tolerance = 0.01 * (x.float().norm(dim=1)[:, None] * weight.float().norm(dim=1) + bias.float().abs())
-    assert out.dtype == torch.bfloat16
-    assert ((out.float() - F.linear(x.float(), weights_used, bias.float())).abs() <= tolerance).all()
+    check_products(functools.partial(low_bit_linear, kind), shape, rows, "cuda")
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])

@@ -18,6 +18,7 @@ from quest_ops.llama.quantized import Int4Linear
 from quest_ops.llama.weights import Checkpoint, expected_shapes, load_checkpoint
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
+pytestmark = pytest.mark.usefixtures("without_humming")
 
 SIZES = {
     "vocab_size": 96,
@@ -35,11 +36,6 @@ SETTINGS = {
     "gptq_v2": GPTQ | {"checkpoint_format": "gptq_v2", "sym": True, "pack_dtype": "int32"},
     "gemm": {"quant_method": "awq", "bits": 4, "version": "gemm", "zero_point": True, "modules_to_not_convert": None},
 }
-
-
-@pytest.fixture(autouse=True)
-def without_humming(monkeypatch):
-    monkeypatch.setattr("quest_ops.llama.humming_linear._is_installed", lambda: False)
 
 
 def words(codes: np.ndarray) -> torch.Tensor:

@@ -14,13 +14,9 @@ from quest_ops.llama.model import Llama
 from quest_ops.llama.quantized import QUANTIZED, Int4Linear, Int8Linear
 from quest_ops.llama.weights import Checkpoint, expected_shapes
 
+pytestmark = pytest.mark.usefixtures("without_humming")
 SHAPES = [(48, 32), (640, 96), (64, 192), (512, 1024)]  # groups of 32, 32, 64 and 128
 KINDS = sorted(QUANTIZED)
-
-
-@pytest.fixture(autouse=True)
-def without_humming(monkeypatch):
-    monkeypatch.setattr("quest_ops.llama.humming_linear._is_installed", lambda: False)
 
 
 def random_weight(shape, device, seed=0) -> torch.Tensor:
@@ -66,13 +62,18 @@ def test_int4_weights_are_within_half_a_scale_and_a_64th_of_the_largest(device, 
 @pytest.mark.parametrize("rows", [1, 4, 5, 16, 17, 40])
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_do_not_depend_on_how_many_rows_there_are(device, kind, rows):
-    weight, generator = random_weight((640, 192), device), torch.Generator().manual_seed(1)
-    bias = torch.randn(640, generator=generator).to(device, torch.bfloat16)
-    x = torch.randn(rows, 192, generator=generator).to(device, torch.bfloat16)
-    weights_used = exact_rows(QUANTIZED[kind](weight), 192, device, 1).float()
-    layer = QUANTIZED[kind](weight, bias)
+    check_products(QUANTIZED[kind], (640, 192), rows, device)
+
+
+def check_products(layer_of, shape, rows: int, device) -> None:
+    """layer_of(weight, bias): its products are those of the weights that it has, with one row and with `rows`."""
+    weight, generator = random_weight(shape, device), torch.Generator().manual_seed(1)
+    bias = torch.randn(shape[0], generator=generator).to(device, torch.bfloat16)
+    x = torch.randn(rows, shape[1], generator=generator).to(device, torch.bfloat16)
+    weights_used = exact_rows(layer_of(weight), shape[1], device, 1).float()
+    layer = layer_of(weight, bias)
     out = layer(x)
-    assert torch.equal(layer(torch.cat([x, x], 1)[:, :192]), out)  # as a slice of rows
+    assert torch.equal(layer(torch.cat([x, x], 1)[:, : shape[1]]), out)  # as a slice of rows
     # Rows of the weights differ by 5 orders of magnitude, so each output has a tolerance of its own.
     tolerance = 0.01 * (x.float().norm(dim=1)[:, None] * weight.float().norm(dim=1) + bias.float().abs())
     assert out.dtype == torch.bfloat16

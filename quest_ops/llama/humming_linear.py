@@ -1,5 +1,5 @@
-"""Linear layers with weights of 8 or 4 bits, multiplied by humming's kernels: as fast for 16 rows as for one, and made
-for many rows too.
+"""Linear layers with weights of 8 or 4 bits, multiplied by humming's kernels: nearly as fast for 16 rows as for one,
+and made for many rows too.
 
 humming (github.com/vllm-project/humming, the extra "int4" of this package) compiles a few kernels for each shape of
 weights when a layer of that shape is first made, within seconds, and keeps them in a folder of its own.
@@ -69,25 +69,6 @@ class HummingLinear(nn.Module):
         self.register_buffer("zero_points", None if zero_points is None else layer.zero_point.data)
         self.register_buffer("locks", layer.locks)
         self.register_buffer("bias", bias)
-
-    @classmethod
-    def rounded(cls, kind: str, weight: Tensor, bias: Tensor | None = None) -> HummingLinear:
-        """The layer of weights [N, K] in bfloat16, rounded to nearest. kind: "int8", with a scale for each output, each
-        weight within scale / 2; or "int4", with a scale and a zero point for each 128 adjacent weights of an output,
-        each within scale / 2 + 1/64 of the largest magnitude among these."""
-        rows = weight.float()
-        if kind == "int8":
-            scales = (rows.abs().amax(1, keepdim=True) / 127).clamp(min=torch.finfo(weight.dtype).tiny)
-            scales = scales.to(weight.dtype)
-            codes = (rows / scales.float()).round_().clamp_(-127, 127).add_(128)
-            return cls(codes, scales, None, bias)
-        groups = rows.view(len(rows), -1, 128)
-        low, high = groups.aminmax(dim=2, keepdim=True)
-        least = torch.maximum(low.abs(), high.abs()) / MOST_ZERO_POINT  # where a group's weights are nearly the same
-        scales = torch.maximum((high - low) / 15, least).clamp(min=torch.finfo(weight.dtype).tiny).to(weight.dtype)
-        zero_points = (-low / scales.float()).to(weight.dtype)
-        codes = (groups / scales.float() + zero_points.float()).round_().clamp_(0, 15).view_as(rows)
-        return cls(codes, scales[..., 0], zero_points[..., 0], bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [M, K] -> [M, N], bfloat16."""

@@ -29,12 +29,9 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         super().__init__()
-        check_weight("int8", weight)
-        scales = (weight.float().abs().amax(1) / 127).clamp(min=torch.finfo(weight.dtype).tiny).to(weight.dtype)
-        check_finite("int8", scales)
-        rounded = (weight.float() / scales[:, None].float()).round().clamp(-127, 127)
+        rounded, scales = round_to_8_bits(weight)
         self.register_buffer("weight", rounded.to(torch.int8))
-        self.register_buffer("scales", scales)
+        self.register_buffer("scales", scales[:, 0])
         self.register_buffer("bias", bias)
 
     @property
@@ -147,9 +144,10 @@ def low_bit_linear(kind: str, weight: Tensor, bias: Tensor | None = None) -> nn.
     """The layer of weights in "int8" or "int4" that is the fastest on their device."""
     if not humming_takes(*weight.shape, weight.device):
         return QUANTIZED[kind](weight, bias)
-    check_weight(kind, weight)
-    check_finite(kind, weight.abs().amax(1))
-    return HummingLinear.rounded(kind, weight, bias)
+    if kind == "int8":
+        rounded, scales = round_to_8_bits(weight)
+        return HummingLinear(rounded.add_(128), scales, None, bias)
+    return HummingLinear(*round_to_4_bits_and_zero_points(weight), bias)
 
 
 def linear_of_codes(codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None = None) -> nn.Module:
@@ -160,6 +158,30 @@ def linear_of_codes(codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor |
         if bool((zero_points.abs() <= MOST_ZERO_POINT).all()):
             return HummingLinear(codes, scales, zero_points.to(scales.dtype), bias)
     return Int4Linear.from_codes(codes, scales, zeros, bias)
+
+
+def round_to_8_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights [N, K] in units of a scale, -127 to 127, in float32, and the scales, bfloat16 [N, 1]: each weight is
+    within scale / 2. Raises as Int8Linear."""
+    check_weight("int8", weight)
+    rows = weight.float()
+    scales = (rows.abs().amax(1, keepdim=True) / 127).clamp(min=torch.finfo(weight.dtype).tiny).to(weight.dtype)
+    check_finite("int8", scales)
+    return (rows / scales.float()).round_().clamp_(-127, 127), scales
+
+
+def round_to_4_bits_and_zero_points(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [N, K] of 0 to 15, in float32, scales and zero points, bfloat16 [N, K / 128], for HummingLinear: each
+    weight is within scale / 2 + 1/64 of the largest magnitude in its group. Raises as Int4Linear."""
+    check_weight("int4", weight)
+    groups = weight.float().unflatten(1, (-1, 128))
+    low, high = groups.aminmax(dim=2, keepdim=True)
+    least = torch.maximum(low.abs(), high.abs()) / MOST_ZERO_POINT  # where a group's weights are nearly the same
+    scales = torch.maximum((high - low) / 15, least).clamp(min=torch.finfo(weight.dtype).tiny).to(weight.dtype)
+    check_finite("int4", scales)
+    zero_points = (-low / scales.float()).to(weight.dtype)
+    codes = (groups / scales.float() + zero_points.float()).round_().clamp_(0, 15).flatten(1)
+    return codes, scales[..., 0], zero_points[..., 0]
 
 
 def take_packed(block: nn.Module, tensors: dict[str, Tensor], packing: Int4Packing) -> None:
