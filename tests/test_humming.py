@@ -39,7 +39,7 @@ def test_weights_are_within_half_a_scale_and_rounding(kind, shape):
 
 @pytest.mark.parametrize("rows", [1, 8, 9, 16, 17, 64, 65, 300])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [(640, 256), (16384, 512)])
+@pytest.mark.parametrize("shape", [(640, 256), (16384, 512), (32768, 256)])
 def test_products_do_not_depend_on_how_many_rows_there_are(kind, rows, shape):
     check_products(functools.partial(low_bit_linear, kind), shape, rows, "cuda")
 

@@ -100,19 +100,24 @@ def _tuning(layer: nn.Module, device: torch.device) -> list:
     from humming.layer import HummingLayerMethod
 
     # Up to 16 rows, its choice reads some shapes slowly. In us, on an H100, a row by 4-bit weights: 6144x4096 13.9 as
-    # it chooses, 11.6 here; 28672x4096 36.3, 33.9; 12288x4096 19.0, 17.2; 22016x4096 29.2, 25.4; with K of 14336 or
-    # 11008 19.9 and 19.2, 20.7 and 18.3. By 8-bit weights 128256x4096: 194, 184.
+    # it chooses, 11.6 here; 28672x4096 36.3, 31.8; 12288x4096 19.0, 17.2; 22016x4096 29.2, 25.4; with K of 14336 or
+    # 11008 19.9 and 19.2, 20.7 and 18.3. By 8-bit weights 128256x4096: 194, 185.
     outputs, inputs = layer.shape_n, layer.shape_k
-    short = outputs <= 64 * torch.cuda.get_device_properties(device).multi_processor_count and inputs <= 4096
-    whole = short and inputs % 256 == 0  # each block's sums are whole
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    if outputs <= 64 * processors and inputs <= 4096 and inputs % 256 == 0:
+        tile, blocks = (64, 256), 1  # each block's sums are whole
+    elif outputs < 170 * processors:
+        tile, blocks = (64, 128), 3
+    else:
+        tile, blocks = (128, 128), 2
     few = [
         {
-            "block_shape": (rows, 64, 256 if whole else 128),
+            "block_shape": (rows, *tile),
             "warp_shape": (rows, 64, 32),
             "mma_type": "mma",
-            "use_stream_k": not whole,
+            "use_stream_k": blocks > 1,
             "num_stages": 4,
-            "num_ctas_per_sm": 1 if whole else 3,
+            "num_ctas_per_sm": blocks,
             "use_pdl": True,
         }
         for rows in (8, 16)
