@@ -37,7 +37,7 @@ from peers import check_close, flashinfer_module, note
 from timing import graph_us, release_memory, steps_us
 
 from quest_ops import QuestConfig
-from quest_ops.llama.model import Llama, default_dtype
+from quest_ops.llama.model import Llama, compile_options, default_dtype
 from quest_ops.llama.quantized import WEIGHTS as ROUNDED_WEIGHTS
 from quest_ops.llama.quantized import Int8Linear
 
@@ -89,8 +89,8 @@ def products(model: Llama, batch: int) -> Callable[[], object]:
         size: torch.randn(batch, size, device=model.device).to(model.dtype) for size in {m.in_features for m in layers}
     }
     multiply = torch.nn.Module.__call__
-    if model.device.type == "cuda" and any(isinstance(layer, Int8Linear) for layer in layers):
-        multiply = torch.compile(multiply)  # its kernel for few rows comes from there
+    if model.device.type == "cuda" and any(isinstance(layer, (torch.nn.Linear, Int8Linear)) for layer in layers):
+        multiply = torch.compile(multiply, options=compile_options())  # their kernels for few rows come from there
     return lambda: [multiply(layer, inputs[layer.in_features]) for layer in layers]
 
 
