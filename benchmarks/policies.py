@@ -111,9 +111,10 @@ POLICIES = (
 NAMED = (
     *(
         Policy(
-            f"mean_std 1, pages of {size}, 8-bit, equal bytes", bound="mean_std", page_size=size, eight_bit=True,
-            equal_bytes=True,
+            f"mean_std {scale:g}, pages of {size}, 8-bit, equal bytes", bound="mean_std", bound_scale=scale,
+            page_size=size, eight_bit=True, equal_bytes=True,
         )
+        for scale in (1.0, 0.75)
         for size in (16, 32)
     ),
     replace(BEST, name="mean_std 0.75, pages of 8, 8-bit", bound_scale=0.75),

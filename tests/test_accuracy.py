@@ -84,7 +84,7 @@ def test_policies_of_equal_bytes_read_what_the_defaults_read(bench, context):
 @torch.inference_mode()
 def test_pages_larger_than_the_documents_blocks_hold_the_same_tokens(bench):
     documents, continuations = small_documents(bench)
-    (policy,) = [policy for policy in bench.policies.NAMED if policy.page_size == 32]
+    policy = next(policy for policy in bench.policies.NAMED if policy.page_size == 32)
     budget = policy.budget_at(128, 208)
     assert budget == 128
     for prediction, continuation in zip(documents.predict(policy, budget, continuations), continuations):
