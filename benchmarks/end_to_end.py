@@ -82,14 +82,14 @@ def step_ms(attention, step: Callable[[], object], device: str) -> float:
     return steps_us([partial(planned_step, left) for left in reversed(range(cycle))], CPU_PASSES) / 1e3
 
 
-def products(model: Llama, batch: int) -> Callable[[], object]:
+def products(model: Llama, batch: int, compiled: bool) -> Callable[[], object]:
     """All matrix products of a step, one after the other on the same inputs."""
     layers = [m for m in model.modules() if hasattr(m, "in_features")]
     inputs = {
         size: torch.randn(batch, size, device=model.device).to(model.dtype) for size in {m.in_features for m in layers}
     }
     multiply = torch.nn.Module.__call__
-    if model.device.type == "cuda" and any(isinstance(layer, (torch.nn.Linear, Int8Linear)) for layer in layers):
+    if compiled and any(isinstance(layer, (torch.nn.Linear, Int8Linear)) for layer in layers):
         multiply = torch.compile(multiply, options=compile_options())  # their kernels for few rows come from there
     return lambda: [multiply(layer, inputs[layer.in_features]) for layer in layers]
 
@@ -163,7 +163,7 @@ def times_of(model: Llama, batch: int, context: int, entries: list[Entry], compi
             for key, attention in made.items()
         }
         if alone:
-            steps["products"] = NoAttention(), products(model, batch)
+            steps["products"] = NoAttention(), products(model, batch, compiled)
         # On the CPU they take turns, so that other load meets them all.
         turns = [
             {key: step_ms(*step, device) for key, step in steps.items()}
