@@ -119,9 +119,9 @@ class Llama(nn.Module):
         tokens, positions: [N] int64, each token and its place in its own sequence. attention: a QuestAttention planned
         for these tokens, or any object whose run(layer, query [N, Hq, D], key [N, Hkv, D], value [N, Hkv, D]) returns
         [N, Hq, D]. last: [X] int64, the rows whose logits are wanted; None: all.
-        compiled: torch.compile makes the parts around the attention, which takes some 10 seconds at a first N and once
-        more for all other N. Equal up to rounding. Past 8 kinds of model and N in a process torch warns and runs them
-        as they are (torch._dynamo.config.recompile_limit).
+        compiled: torch.compile makes the parts around the attention, which takes seconds at a first N, on a GPU with
+        16-bit weights up to half a minute, and once more for all other N. Equal up to rounding. Past 8 kinds of model
+        and N in a process torch warns and runs them as they are (torch._dynamo.config.recompile_limit).
         Returns float32 [X or N, vocab_size].
         """
         rotations, before_attention, after_attention, head = compiled_parts() if compiled else PARTS
@@ -244,7 +244,8 @@ PARTS = RotaryEmbedding.forward, Block.before_attention, Block.after_attention, 
 @functools.cache
 def compiled_parts() -> tuple[Callable, ...]:
     """All layers share the code of these parts, so that compiling takes as long for 2 layers as for 80."""
-    return tuple(torch.compile(part, options=compile_options()) for part in PARTS)
+    options = compile_options()
+    return tuple(torch.compile(part, options=options) for part in PARTS)
 
 
 def compile_options() -> dict[str, object]:
