@@ -31,7 +31,7 @@ class Pages:
         return math.ceil(RECENT_TOKENS / self.size)
 
 
-DEFAULT_PAGES = Pages(8, eight_bit=True)  # as many bytes as pages of 16 in 16 bits
+DEFAULT_PAGES = Pages(8, eight_bit=True, bound="principal")  # as many bytes as pages of 16 in 16 bits
 MAIN_PAGES = (Pages(16), Pages(16, eight_bit=True), DEFAULT_PAGES)
 
 
@@ -164,7 +164,8 @@ class Layers:
 
     def estimate(self, i: int, pages: Pages) -> torch.Tensor:
         metadata = self.metadata(pages)[i]
-        return quest_ops.estimate_page_scores(self.queries[i], metadata, self.table, self.lens, pages.size, "max")
+        inputs = self.queries[i], metadata, self.table, self.lens, pages.size, "max"
+        return quest_ops.estimate_page_scores(*inputs, bound=pages.bound)
 
     def select(self, scores: torch.Tensor, pages: Pages) -> tuple[torch.Tensor, torch.Tensor]:
         budget = self.case.budget // pages.size
@@ -181,7 +182,7 @@ class Layers:
         return self.quest_and_lse(i, pages, **options)[0]
 
     def quest_and_lse(self, i: int, pages: Pages, **options) -> tuple[torch.Tensor, torch.Tensor]:
-        return quest_ops.quest_decode_attention(self.queries[i], *self._choice(i, pages), **options)
+        return quest_ops.quest_decode_attention(self.queries[i], *self._choice(i, pages), bound=pages.bound, **options)
 
     def step(self, i: int, pages: Pages) -> torch.Tensor:
         return quest_ops.quest_decode_step(

@@ -76,7 +76,7 @@ class Context:
             )  # fmt: skip
         return quest_ops.quest_decode_attention(
             self.query, k_cache, v_cache, metadata, table, self.seq_lens, config.page_budget, *choice,
-            config.head_reduction,
+            config.head_reduction, bound=config.bound,
         )  # fmt: skip
 
     def _pools(self, block: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -93,7 +93,7 @@ class Policy:
         return 0.0 if self.recent_only else 16 / self.page_size * (0.5 if self.eight_bit else 1.0)
 
 
-BEST = Policy("mean_std 1, pages of 8, 8-bit", bound="mean_std", page_size=8, eight_bit=True)
+BEST = Policy("principal 1, pages of 8, 8-bit", bound="principal", page_size=8, eight_bit=True)
 # Those of one cache layout stand together.
 POLICIES = (
     Policy("paper", paper=True),
@@ -103,6 +103,7 @@ POLICIES = (
     Policy("mean_std 1", bound="mean_std"),
     Policy("oracle", oracle=True),
     Policy("minmax, pages of 8, 8-bit", page_size=8, eight_bit=True),
+    replace(BEST, name="mean_std 1, pages of 8, 8-bit", bound="mean_std"),
     BEST,
     *(replace(BEST, name=f"{BEST.name}, select every {n}", select_every=n) for n in (2, 4, 8)),
     Policy("mean_std 1.5, pages of 8, 8-bit", bound="mean_std", bound_scale=1.5, page_size=8, eight_bit=True),
@@ -111,13 +112,13 @@ POLICIES = (
 NAMED = (
     *(
         Policy(
-            f"mean_std {scale:g}, pages of {size}, 8-bit, equal bytes", bound="mean_std", bound_scale=scale,
-            page_size=size, eight_bit=True, equal_bytes=True,
+            f"{bound} 1, pages of {size}, 8-bit, equal bytes", bound=bound, page_size=size, eight_bit=True,
+            equal_bytes=True,
         )
-        for scale in (1.0, 0.75)
+        for bound in ("mean_std", "principal")
         for size in (16, 32)
     ),
-    replace(BEST, name="mean_std 0.75, pages of 8, 8-bit", bound_scale=0.75),
+    *(replace(BEST, name=f"principal {scale:g}, pages of 8, 8-bit", bound_scale=scale) for scale in (0.75, 1.25)),
     replace(BEST, name=f"{BEST.name}, ratio", ratio=True),
     replace(BEST, name=f"{BEST.name}, top-p", top_p=True),
 )  # fmt: skip

@@ -21,7 +21,6 @@ import itertools
 import os
 import sys
 import time
-from dataclasses import replace
 
 # Beside other work on the machine, threads that spin make a prefill on the CPU 10 times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -36,7 +35,7 @@ from timing import release_memory
 
 from quest_ops.llama.model import Llama
 
-PAGES = (Pages(16), replace(DEFAULT_PAGES, bound="mean_std"))
+PAGES = (Pages(16), DEFAULT_PAGES)
 DTYPE = torch.bfloat16  # of the pools, whatever the model runs in
 TURNS = {"cuda": 3, "cpu": 1}
 DEFAULTS = {  # full, quick

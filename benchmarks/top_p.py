@@ -29,8 +29,9 @@ class BoundedMasses(Step):
         add up to each share [N] of the whole."""
         config, lengths = self.config, self.attention.seq_lens
         scores = quest_ops.estimate_page_scores(
-            query, self.cache.page_metadata(layer), self.attention.request_table, lengths, config.page_size, "max"
-        )
+            query, self.cache.page_metadata(layer), self.attention.request_table, lengths, config.page_size, "max",
+            bound=config.bound,
+        )  # fmt: skip
         page = torch.arange(scores.size(-1), device=scores.device)
         tokens = (lengths[:, None] - page * config.page_size).clamp(0, config.page_size)  # [R, P]
         pages = -(-lengths[:, None] // config.page_size)

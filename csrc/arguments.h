@@ -1,5 +1,7 @@
 // From torch arguments to the kernels' params: what the ops' tensors must be, each checked in one place.
 #pragma once
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
 #include <cmath>
 #include <optional>
@@ -29,7 +31,9 @@ inline BoundRule bound_of(const std::string& name, double scale) {
     if (!(scale32 > 0) || !std::isfinite(scale32)) fail("bound_scale must be a positive float32 number, got ", scale);
     if (name == "cuboid") return {BoundKind::kCuboid, scale32};
     if (name == "mean_std") return {BoundKind::kMeanStd, scale32};
-    if (name != "minmax") fail("bound must be \"minmax\", \"cuboid\" or \"mean_std\", got \"", name, "\"");
+    if (name == "principal") return {BoundKind::kPrincipal, scale32};
+    if (name != "minmax")
+        fail("bound must be \"minmax\", \"cuboid\", \"mean_std\" or \"principal\", got \"", name, "\"");
     if (scale != 1) fail("bound_scale must be 1 for bound \"minmax\", got ", scale);
     return {BoundKind::kMinMax, 1.0f};
 }
@@ -186,7 +190,7 @@ inline const int32_t* budgets_of(const std::optional<Tensor>& budgets_, const Ar
 
 // All but where the tokens go.
 inline AppendParams append_params(const Tensor& key_, const Tensor& value_, const Arg& k_cache, const Arg& v_cache,
-                                  const Arg& metadata, const std::string& bound, double bound_scale) {
+                                  const Arg& metadata, BoundRule bound) {
     const Arg key("key", key_, {3}, "[tokens, num_kv_heads, head_dim]"),
         value("value", value_, {3}, "[tokens, num_kv_heads, head_dim]");
     const DType dtype = dtype_of(k_cache);
@@ -214,29 +218,31 @@ inline AppendParams append_params(const Tensor& key_, const Tensor& value_, cons
     params.page_size = static_cast<int32_t>(page_size_of(k_cache, pages_per_block));
     params.pages_per_block = pages_per_block;
     params.dtype = dtype;
-    params.bound = bound_of(bound, bound_scale);
+    params.bound = bound;
     return params;
 }
 
-inline EstimateParams estimate_params(const Arg& query, const Arg& metadata, const Arg& table, const Arg& seq_lens,
-                                      int64_t page_size, HeadReduction reduction) {
+inline EstimateParams estimate_params(const Arg& query, const Arg& metadata_, const Arg& table, const Arg& seq_lens,
+                                      int64_t page_size, const std::string& reduction, BoundKind bound) {
     const DType dtype = dtype_of(query);
     expect_one_of("head_dim", query.sizes[2], {64, 128, 256});
-    check_metadata_dtype(metadata, query);
-    const int32_t pages_per_block = check_metadata(metadata, query.sizes[2]);
+    check_metadata_dtype(metadata_, query);
+    const int32_t pages_per_block = check_metadata(metadata_, query.sizes[2]);
     check_page_size(page_size, pages_per_block);
-    const int32_t rows_per_request = check_query(query, query.sizes[2], metadata.sizes[1], table.sizes[0]);
+    const int32_t rows_per_request = check_query(query, query.sizes[2], metadata_.sizes[1], table.sizes[0]);
+    Metadata metadata = metadata_of(metadata_);
+    metadata.points = bound == BoundKind::kPrincipal;
     return {rows_of(query),
-            metadata_of(metadata),
+            metadata,
             paging_of(table, query, page_size, pages_per_block),
             lengths_of(seq_lens, query.sizes[0], "query's number of rows", query),
             nullptr,
             narrow("rows", query.sizes[0]),
             rows_per_request,
             narrow("query heads", query.sizes[1]),
-            narrow("num_kv_heads", metadata.sizes[1]),
+            narrow("num_kv_heads", metadata_.sizes[1]),
             narrow("head_dim", query.sizes[2]),
-            reduction,
+            reduction_of(reduction),
             dtype,
             true,
             0};
@@ -296,6 +302,10 @@ inline void check_workspace(const std::optional<Tensor>& workspace_, const Arg& 
     workspace.expect_dtype(ScalarType::Byte);
     workspace.expect_device_of(query);
     workspace.expect_aligned_rows();
+}
+
+inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+    return torch::stable::new_empty(like, sizes, dtype);
 }
 
 }  // namespace quest

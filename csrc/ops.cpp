@@ -3,17 +3,15 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
-#include <cmath>
 #include <functional>
 #include <optional>
 #include <string>
 #include <tuple>
-#include <vector>
 
 #include "arguments.h"
 #include "cpu/kernels.h"
 #include "cuda_dispatch.h"
+#include "quest_decode.h"
 
 namespace quest {
 
@@ -25,16 +23,12 @@ void parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t
 
 namespace {
 
-Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-    return torch::stable::new_empty(like, sizes, dtype);
-}
-
 void append_paged_kv(Tensor key, Tensor value, Tensor k_cache_, Tensor v_cache_, Tensor metadata_, Tensor slots_,
                      std::string bound, double bound_scale) {
     const Arg k_cache = cache_arg("k_cache", k_cache_), v_cache = cache_arg("v_cache", v_cache_);
     const Arg metadata("page_metadata", metadata_, {4, 5}, kMetadataShape),
         slots("slot_mapping", slots_, {1}, "[tokens]");
-    AppendParams params = append_params(key, value, k_cache, v_cache, metadata, bound, bound_scale);
+    AppendParams params = append_params(key, value, k_cache, v_cache, metadata, bound_of(bound, bound_scale));
     slots.expect_dtype(ScalarType::Long);
     slots.expect_device_of(k_cache);
     slots.expect_contiguous();
@@ -48,20 +42,6 @@ void append_paged_kv(Tensor key, Tensor value, Tensor k_cache_, Tensor v_cache_,
     for (int32_t i = 0; i < params.num_tokens; ++i)
         if (params.slot_mapping[i] >= capacity)
             fail("slot_mapping[", i, "] is ", params.slot_mapping[i], ", but the cache has slots 0..", capacity - 1);
-    cpu::append_paged_kv(params);
-}
-
-// On the CPU: where each row's last token goes, then as any append.
-void append_last_tokens(AppendParams params) {
-    const Paging& paging = params.paging;
-    std::vector<int64_t> slots(params.num_tokens, -1);
-    for (int32_t i = 0; i < params.num_tokens; ++i) {
-        const int64_t at = std::min<int64_t>(params.seq_lens[i], int64_t(paging.max_blocks) * paging.block_size()) - 1;
-        if (at < 0) continue;
-        const int64_t entry = i / params.rows_per_request * paging.table_stride + at / paging.block_size();
-        slots[i] = int64_t(paging.block_table[entry]) * paging.block_size() + at % paging.block_size();
-    }
-    params.slot_mapping = slots.data();
     cpu::append_paged_kv(params);
 }
 
@@ -95,12 +75,13 @@ void update_page_metadata(Tensor k_cache_, Tensor metadata_, Tensor table_, Tens
 }
 
 Tensor estimate_page_scores(Tensor query_, Tensor metadata_, Tensor table_, Tensor seq_lens_, int64_t page_size,
-                            std::string head_reduction) {
+                            std::string head_reduction, std::string bound) {
     const Arg query("query", query_, {3}, "[rows, num_q_heads, head_dim]"),
         metadata("page_metadata", metadata_, {4, 5}, kMetadataShape);
     const Arg table("block_table", table_, {2}, "[requests, max_blocks]"),
         seq_lens("seq_lens", seq_lens_, {1}, "[rows]");
-    EstimateParams params = estimate_params(query, metadata, table, seq_lens, page_size, reduction_of(head_reduction));
+    EstimateParams params =
+        estimate_params(query, metadata, table, seq_lens, page_size, head_reduction, bound_of(bound, 1).kind);
     const int64_t heads = params.head_reduction == HeadReduction::kNone ? params.num_q_heads : params.num_kv_heads;
     Tensor scores = new_empty(query_, {params.num_rows, heads, params.paging.max_pages()}, ScalarType::Float);
     params.scores = static_cast<float*>(scores.data_ptr());
@@ -212,135 +193,24 @@ std::tuple<Tensor, Tensor> sparse_decode_attention(Tensor query, Tensor k_cache,
     return {out, lse};
 }
 
-// What both ops of a whole decode step take.
-struct QuestInputs {
-    Tensor query, k_cache, v_cache, metadata, table, seq_lens;
-    int64_t page_budget, sink_pages, recent_pages;
-    std::string head_reduction;
-    std::optional<double> sm_scale;
-    std::optional<Tensor> page_budgets, workspace;
-};
-
-// The rows' new keys and values, which a step may append first.
-struct NewTokens {
-    Tensor key, value;
-    std::string bound;
-    double bound_scale;
-};
-
-void quest_decode(const QuestInputs& in, const NewTokens* tokens, const Tensor& out, const Tensor& lse) {
-    const Arg query("query", in.query, {3}, "[rows, num_q_heads, head_dim]");
-    const Arg k_cache = cache_arg("k_cache", in.k_cache), v_cache = cache_arg("v_cache", in.v_cache);
-    const Arg metadata("page_metadata", in.metadata, {4, 5}, kMetadataShape);
-    const Arg table("block_table", in.table, {2}, "[requests, max_blocks]"),
-        seq_lens("seq_lens", in.seq_lens, {1}, "[rows]");
-    check_metadata_of_cache(metadata, k_cache);
-    const int64_t page_size = page_size_of(k_cache, check_metadata(metadata, k_cache.sizes[3]));
-    AttentionParams attention = attention_params(query, k_cache, v_cache, table, seq_lens, page_size,
-                                                 k_cache.sizes[1] / page_size, in.sm_scale);
-    EstimateParams estimate =
-        estimate_params(query, metadata, table, seq_lens, page_size, reduction_of(in.head_reduction));
-    check_budget(in.page_budget, in.sink_pages, in.recent_pages);
-    const int64_t heads =
-        estimate.head_reduction == HeadReduction::kNone ? estimate.num_q_heads : estimate.num_kv_heads;
-    int32_t budget_heads;
-    const int32_t* budgets = budgets_of(in.page_budgets, query, query.sizes[0], heads, &budget_heads);
-    bind_output(attention, query, out, lse);
-    check_workspace(in.workspace, query);
-    AppendParams append{};
-    if (tokens) {
-        append =
-            append_params(tokens->key, tokens->value, k_cache, v_cache, metadata, tokens->bound, tokens->bound_scale);
-        if (append.num_tokens != attention.num_rows)
-            fail("key has ", append.num_tokens, " rows, but query has ", attention.num_rows);
-        append.seq_lens = attention.seq_lens;
-        append.paging = attention.paging;
-        append.rows_per_request = attention.rows_per_request;
-        if (append.paging.max_blocks == 0) append.num_tokens = 0;
-    }
-    if (query.tensor.numel() == 0) return;
-    const bool on_gpu = query.tensor.is_cuda();
-    const int32_t device = query.tensor.get_device_index();
-    if (!on_gpu)
-        check_table_values(attention.paging, table.sizes[0], attention.seq_lens, attention.rows_per_request,
-                           k_cache.sizes[0]);
-
-    // A budget that covers the whole table leaves nothing to select.
-    const int32_t max_pages = estimate.paging.max_pages();
-    const bool covers = in.page_budget >= max_pages && !budgets;
-    const int64_t kept = std::min<int64_t>(in.page_budget, std::max(max_pages, 1));
-    if (on_gpu && estimate.head_reduction != HeadReduction::kNone && !covers) {
-        const FusedParams fused{attention,
-                                estimate.metadata,
-                                estimate.head_reduction,
-                                budgets,
-                                budget_heads,
-                                static_cast<int32_t>(kept),
-                                static_cast<int32_t>(in.sink_pages),
-                                static_cast<int32_t>(in.recent_pages),
-                                append};
-        if (cuda::fused_quest_decode_attention(fused, in.query, in.workspace)) return;
-    }
-    if (on_gpu && covers) return cuda::sparse_decode_attention(attention, append, in.query, in.workspace);
-    if (append.num_tokens > 0) on_gpu ? cuda::append_paged_kv(append, device) : append_last_tokens(append);
-    Tensor scores, page_ids, page_counts;
-    SelectParams select{};
-    if (!covers) {
-        scores = new_empty(in.query, {estimate.num_rows, heads, max_pages}, ScalarType::Float);
-        page_ids = new_empty(in.query, {estimate.num_rows, heads, kept}, ScalarType::Int);
-        page_counts = new_empty(in.query, {estimate.num_rows, heads}, ScalarType::Int);
-        estimate.scores = static_cast<float*>(scores.data_ptr());
-        estimate.fill_tail = false;
-        estimate.skip_pages = budgets ? 0 : static_cast<int32_t>(kept);
-        attention.page_ids = static_cast<const int32_t*>(page_ids.data_ptr());
-        attention.page_counts = static_cast<const int32_t*>(page_counts.data_ptr());
-        attention.id_heads = static_cast<int32_t>(heads);
-        attention.max_ids = static_cast<int32_t>(kept);
-        select = {estimate.scores,
-                  estimate.seq_lens,
-                  budgets,
-                  budget_heads,
-                  static_cast<int32_t*>(page_ids.data_ptr()),
-                  static_cast<int32_t*>(page_counts.data_ptr()),
-                  estimate.num_rows,
-                  static_cast<int32_t>(heads),
-                  max_pages,
-                  static_cast<int32_t>(page_size),
-                  static_cast<int32_t>(kept),
-                  static_cast<int32_t>(in.sink_pages),
-                  static_cast<int32_t>(in.recent_pages)};
-        if (on_gpu) {
-            cuda::estimate_page_scores(estimate, device);
-            cuda::select_topk_pages(select, device);
-        } else {
-            cpu::estimate_page_scores(estimate);
-            cpu::select_topk_pages(select);
-        }
-    }
-    if (on_gpu)
-        cuda::sparse_decode_attention(attention, {}, in.query, in.workspace);
-    else
-        cpu::sparse_decode_attention(attention);
-}
-
 void quest_decode_attention_out(Tensor query, Tensor k_cache, Tensor v_cache, Tensor metadata, Tensor table,
                                 Tensor seq_lens, int64_t page_budget, int64_t sink_pages, int64_t recent_pages,
-                                std::string head_reduction, std::optional<double> sm_scale,
+                                std::string head_reduction, std::string bound, std::optional<double> sm_scale,
                                 std::optional<Tensor> page_budgets, std::optional<Tensor> workspace, Tensor out,
                                 Tensor lse) {
     quest_decode({query, k_cache, v_cache, metadata, table, seq_lens, page_budget, sink_pages, recent_pages,
-                  head_reduction, sm_scale, page_budgets, workspace},
+                  head_reduction, bound, sm_scale, page_budgets, workspace},
                  nullptr, out, lse);
 }
 
 std::tuple<Tensor, Tensor> quest_decode_attention(Tensor query, Tensor k_cache, Tensor v_cache, Tensor metadata,
                                                   Tensor table, Tensor seq_lens, int64_t page_budget,
                                                   int64_t sink_pages, int64_t recent_pages, std::string head_reduction,
-                                                  std::optional<double> sm_scale, std::optional<Tensor> page_budgets,
-                                                  std::optional<Tensor> workspace) {
+                                                  std::string bound, std::optional<double> sm_scale,
+                                                  std::optional<Tensor> page_budgets, std::optional<Tensor> workspace) {
     auto [out, lse] = new_output(query);
     quest_decode({query, k_cache, v_cache, metadata, table, seq_lens, page_budget, sink_pages, recent_pages,
-                  head_reduction, sm_scale, page_budgets, workspace},
+                  head_reduction, bound, sm_scale, page_budgets, workspace},
                  nullptr, out, lse);
     return {out, lse};
 }
@@ -350,9 +220,9 @@ void quest_decode_step_out(Tensor query, Tensor key, Tensor value, Tensor k_cach
                            std::string head_reduction, std::string bound, double bound_scale,
                            std::optional<double> sm_scale, std::optional<Tensor> page_budgets,
                            std::optional<Tensor> workspace, Tensor out, Tensor lse) {
-    const NewTokens tokens{key, value, bound, bound_scale};
+    const NewTokens tokens{key, value, bound_scale};
     quest_decode({query, k_cache, v_cache, metadata, table, seq_lens, page_budget, sink_pages, recent_pages,
-                  head_reduction, sm_scale, page_budgets, workspace},
+                  head_reduction, bound, sm_scale, page_budgets, workspace},
                  &tokens, out, lse);
 }
 
@@ -405,7 +275,7 @@ STABLE_TORCH_LIBRARY(quest_ops, library) {
         "Tensor start_lens, *, str bound=\"minmax\", float bound_scale=1.0) -> ()");
     library.def(
         "estimate_page_scores(Tensor query, Tensor page_metadata, Tensor block_table, Tensor seq_lens, int page_size, "
-        "str head_reduction) -> Tensor");
+        "str head_reduction, *, str bound=\"minmax\") -> Tensor");
     library.def(
         "select_topk_pages(Tensor scores, Tensor seq_lens, int page_size, int page_budget, int sink_pages, "
         "int recent_pages, *, Tensor? page_budgets=None) -> (Tensor, Tensor)");
@@ -420,12 +290,13 @@ STABLE_TORCH_LIBRARY(quest_ops, library) {
     library.def(
         "quest_decode_attention(Tensor query, Tensor k_cache, Tensor v_cache, Tensor page_metadata, "
         "Tensor block_table, Tensor seq_lens, int page_budget, int sink_pages, int recent_pages, str head_reduction, "
-        "*, float? sm_scale=None, Tensor? page_budgets=None, Tensor(a!)? workspace=None) -> (Tensor, Tensor)");
+        "*, str bound=\"minmax\", float? sm_scale=None, Tensor? page_budgets=None, Tensor(a!)? workspace=None) "
+        "-> (Tensor, Tensor)");
     library.def(
         "quest_decode_attention_out(Tensor query, Tensor k_cache, Tensor v_cache, Tensor page_metadata, "
         "Tensor block_table, Tensor seq_lens, int page_budget, int sink_pages, int recent_pages, str head_reduction, "
-        "*, float? sm_scale=None, Tensor? page_budgets=None, Tensor(a!)? workspace=None, Tensor(b!) out, "
-        "Tensor(c!) lse) -> ()");
+        "*, str bound=\"minmax\", float? sm_scale=None, Tensor? page_budgets=None, Tensor(a!)? workspace=None, "
+        "Tensor(b!) out, Tensor(c!) lse) -> ()");
     library.def(
         "quest_decode_step(Tensor query, Tensor key, Tensor value, Tensor(a!) k_cache, Tensor(b!) v_cache, "
         "Tensor(c!) page_metadata, Tensor block_table, Tensor seq_lens, int page_budget, int sink_pages, "

@@ -7,10 +7,10 @@ namespace quest {
 
 enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kFloat8E4M3 };
 enum class HeadReduction : int32_t { kMax, kMean, kNone };
-enum class BoundKind : int32_t { kMinMax, kCuboid, kMeanStd };
+enum class BoundKind : int32_t { kMinMax, kCuboid, kMeanStd, kPrincipal };
 
-// What the two vectors of a page are: minimum and maximum of its keys, or mean -+ scale * mean absolute deviation
-// (kCuboid) or standard deviation (kMeanStd).
+// What the two vectors of a page are: minimum and maximum of its keys, mean -+ scale * mean absolute deviation
+// (kCuboid) or standard deviation (kMeanStd), or two points (kPrincipal): mean -+ scale * deviation along one axis.
 struct BoundRule {
     BoundKind kind;
     float scale;
@@ -26,7 +26,8 @@ struct Pool {
 struct Metadata {
     void* data;
     int64_t block_stride, head_stride;
-    DType dtype;  // the cache's, or kFloat8E4M3
+    DType dtype;          // the cache's, or kFloat8E4M3
+    bool points = false;  // a page's score is that of the better of its two vectors
 };
 
 // [rows, heads, D]

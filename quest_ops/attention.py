@@ -285,6 +285,7 @@ class QuestAttention:
             seq_lens,
             config.page_size,
             config.head_reduction,
+            bound=config.bound,
         )
         page_budget, page_budgets = self.budgets_of(layer)
         return ops.select_topk_pages(

@@ -9,7 +9,7 @@ import torch
 
 PAGE_SIZES = (8, 16, 32, 64, 128)
 HEAD_REDUCTIONS = ("max", "mean", "none")
-BOUNDS = ("minmax", "cuboid", "mean_std")
+BOUNDS = ("minmax", "cuboid", "mean_std", "principal")
 BLOCK_TOKENS = 16
 FLOAT32 = torch.finfo(torch.float32)
 METADATA_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)
@@ -44,8 +44,8 @@ class QuestConfig:
     """Settings of Quest sparse attention (Tang et al., ICML 2024). Lengths are in tokens, per sequence.
 
     The defaults of page_size, metadata_dtype, bound and bound_scale together are what does best at the paper's bytes of
-    metadata in docs/accuracy.md, "Loss, and answers found", by its table of policies ("mean_std 1, pages of 8, 8-bit").
-    They fit the defaults of PagedKVCache. The paper's own choice is `QuestConfig.paper()`.
+    metadata in docs/accuracy.md, "Loss, and answers found", by its table of policies ("principal 1, pages of 8,
+    8-bit"). They fit the defaults of PagedKVCache. The paper's own choice is `QuestConfig.paper()`.
 
     page_size: tokens a page: 8, 16, 32, 64 or 128; the cache's. Chosen by the table of policies; for contexts of more
         than 16 budgets larger ones are better (`for_context`).
@@ -63,11 +63,11 @@ class QuestConfig:
     dense_below: rows of at most this many tokens attend to all of them, in a decode step beside any others; None: as
         many as fill the pages of the budget, and on a GPU of compute capability 9.0 or later up to where Quest is
         faster (`planner.plan_dense_length`). `QuestAttention.dense_length` is the number.
-    bound: what a page's metadata is, over its keys and channel by channel: "minmax", the paper's, an upper bound of
-        every score; "cuboid": mean -+ mean absolute deviation; "mean_std": mean -+ standard deviation. Chosen by the
-        table of policies.
-    bound_scale: factor on the deviation of "cuboid" and "mean_std"; 1 for "minmax". By the table of factors 0.75 is as
-        good.
+    bound: what a page's metadata is, over its keys: channel by channel "minmax", the paper's, an upper bound of every
+        score; "cuboid": mean -+ mean absolute deviation; "mean_std": mean -+ standard deviation; or "principal": two
+        points, mean -+ deviation to either side along the axis on which the keys deviate most. Chosen by the table of
+        policies.
+    bound_scale: factor on the deviation; 1 for "minmax". By the table of policies 0.75 and 1.25 are no better.
     budget_ratio: None, or a share between 0 and 1: token_budget is then the least that a row attends to, and of n
         tokens it attends to budget_ratio * n where that is more, rounded down to whole pages (`row_page_budget`).
     head_budgets: None, or tokens for each layer and KV head, [layers][KV heads], in place of token_budget, which must
@@ -93,7 +93,7 @@ class QuestConfig:
     head_reduction: str = "max"
     metadata_dtype: torch.dtype | None = torch.float8_e4m3fn
     dense_below: int | None = None
-    bound: str = "mean_std"
+    bound: str = "principal"
     bound_scale: float = 1.0
     budget_ratio: float | None = None
     head_budgets: tuple[tuple[int, ...], ...] | None = None

@@ -48,6 +48,7 @@ class Step:
             config.sink_pages,
             config.recent_pages,
             config.head_reduction,
+            bound=config.bound,
             sm_scale=self.attention.sm_scale,
             page_budgets=page_budgets,
         )

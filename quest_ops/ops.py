@@ -14,9 +14,19 @@
     (of the page's tokens, divided by their number). No bounds but an estimate: of the keys that matter, a closer one.
     In float32, tokens in their order, one rounding an operation (none fused), then rounded to nearest even:
     `mean = sum(k) / n`, `radius = bound_scale * (sum(|k - mean|) / n)` or `bound_scale * sqrt(sum((k - mean)^2) / n)`.
-  The ops that read metadata are the same for all: `sum_d max(q_d * lo_d, q_d * hi_d)` is `q . centre + |q| . radius`.
-- `block_table [B, max_blocks]` int32; entries past a row's length are never read. `seq_lens [R]` int32: how many tokens
-  a row sees, itself included; clamped to the table; 0 is an empty slot.
+  - "principal": the two points `mean - bound_scale * below * u` and `mean + bound_scale * above * u`. `u` is the page's
+    principal axis, the unit vector along `sum_t ((k_t - mean) . (k_f - mean)) * (k_t - mean)`: one step of the power
+    method from `k_f`, the (first) key farthest from the mean. With `p_t = (k_t - mean) . u`, `above` is the fourth root
+    of `sum(p_t^4 where p_t > 0) / n`, `below` that of the others: between standard deviation and largest one. No bound
+    either, and closer than a mean and a radius: it knows which channels deviate together, and to which side. In float32
+    as above; a product over channels is summed by neighbours, then neighbours of these. With `d_t = k_t - mean` and
+    `s = d_f . d_f`: `a = sum((d_t . d_f * (1 / s)) * d_t)`, `u = a * (1 / sqrt(a . a))`,
+    `q_t = d_t . u * (1 / sqrt(s))`, `above = sqrt(s) * sqrt(sqrt(sum(q_t^4 where q_t > 0) / n))`; where `s < 2^-126`,
+    the mean twice.
+  The ops that read metadata take the same `bound`: the score of a page is `sum_d max(q_d * lo_d, q_d * hi_d)`, which
+  for a mean and a radius is `q . mean + |q| . radius`; of two points it is `max(q . lo, q . hi)`.
+- `block_table [B, max_blocks]` int32; entries past a row's length may hold anything. `seq_lens [R]` int32: how many
+  tokens a row sees, itself included; clamped to the table; 0 is an empty slot.
 
 Lengths and tables are read on the device alone, so every op can be captured in a CUDA graph and replayed while lengths
 grow. On the CPU the ops also check the block numbers and slots that they use; on a GPU that takes `QUEST_OPS_CHECK=1`
@@ -58,12 +68,14 @@ def append_paged_kv(
         k_cache, v_cache, page_metadata: written in place.
         slot_mapping: `[N]` int64, `N <= X`: row `i` goes to token `slot % S` of block `slot // S`; a negative slot is
             skipped, rows past `N` are padding. Once skips are dropped, tokens of one page must be adjacent.
-        bound: "minmax", "cuboid" or "mean_std", what the metadata is (above); one choice for all calls on a cache.
-        bound_scale: factor on the radius of "cuboid" and "mean_std", a positive float32 number; 1 for "minmax".
+        bound: "minmax", "cuboid", "mean_std" or "principal", what the metadata is (above); one choice for all calls on
+            a cache.
+        bound_scale: factor on the deviation, a positive float32 number; 1 for "minmax".
 
     A touched page's metadata is computed from the stored keys at offsets 0 to the highest one written, never from
     earlier metadata: rejected drafts, copied partial pages and reused blocks end in the same bits as a fresh build. A
-    NaN key makes its channel's bounds NaN; so does an infinite one where they are made of a mean.
+    NaN key makes its channel's bounds NaN; so does an infinite one where they are made of a mean; "principal" has then
+    NaN in every channel.
 
     Raises:
         RuntimeError: as above, and for a slot past the cache (on a GPU: with `QUEST_OPS_CHECK=1`).
@@ -106,15 +118,24 @@ def update_page_metadata(
 
 
 def estimate_page_scores(
-    query: Tensor, page_metadata: Tensor, block_table: Tensor, seq_lens: Tensor, page_size: int, head_reduction: str
+    query: Tensor,
+    page_metadata: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    page_size: int,
+    head_reduction: str,
+    *,
+    bound: str = "minmax",
 ) -> Tensor:
-    """The score of each page, `sum_d max(q_d * lo_d, q_d * hi_d)` (QUEST, figure 5, stage 1).
+    """The score of each page, `sum_d max(q_d * lo_d, q_d * hi_d)` (QUEST, figure 5, stage 1); "principal":
+    `max(q . lo, q . hi)`.
 
     With metadata of bound "minmax" that is an upper bound of `q . k` over the page's keys.
 
     Args:
         page_size: tokens a page: 8, 16, 32, 64 or 128.
         head_reduction: over the query heads of a KV head: "max", "mean", or "none" for a score for each query head.
+        bound: that of the metadata.
 
     Returns:
         scores `[R, Hs, P]` float32, `Hs` = `Hkv` ("none": `Hq`), `P` = max_blocks * M; `-inf` past a row's last page.
@@ -126,7 +147,9 @@ def estimate_page_scores(
     if _checking() and _has_values(page_metadata, (4, 5)) and page_size in PAGE_SIZES:
         parts = page_metadata.size(2) if page_metadata.dim() == 5 else 1
         _check_block_table(block_table, seq_lens, page_size * parts, page_metadata.size(0))
-    return _ops.estimate_page_scores(query, page_metadata, block_table, seq_lens, page_size, head_reduction)
+    return _ops.estimate_page_scores(
+        query, page_metadata, block_table, seq_lens, page_size, head_reduction, bound=bound
+    )
 
 
 def select_topk_pages(
@@ -227,6 +250,7 @@ def quest_decode_attention(
     recent_pages: int,
     head_reduction: str,
     *,
+    bound: str = "minmax",
     sm_scale: float | None = None,
     page_budgets: Tensor | None = None,
     workspace: Tensor | None = None,
@@ -267,6 +291,7 @@ def quest_decode_attention(
         arguments,
         out,
         lse,
+        bound=bound,
         sm_scale=sm_scale,
         page_budgets=page_budgets,
         workspace=workspace,
@@ -301,7 +326,7 @@ def quest_decode_step(
         key, value: `[R, Hkv, D]` of query's dtype: of token `seq_lens[r] - 1` of row `r`, which goes to its place by
             the block table and is seen by the row (and by later rows of its request). Of an empty slot: not used.
         k_cache, v_cache, page_metadata: written in place.
-        bound, bound_scale: as in `append_paged_kv`.
+        bound, bound_scale: as in `append_paged_kv`, for what it writes and for what it reads.
 
     The others, results and errors are those of the two ops, and so are all bits that it writes, with one condition: no
     other request's row may see a page that this call appends to (full pages may be shared).
@@ -436,7 +461,7 @@ def _(k_cache, page_metadata, block_table, seq_lens, start_lens, *, bound="minma
 
 
 @_fake("estimate_page_scores")
-def _(query, page_metadata, block_table, seq_lens, page_size, head_reduction):
+def _(query, page_metadata, block_table, seq_lens, page_size, head_reduction, *, bound="minmax"):
     parts = page_metadata.size(2) if page_metadata.dim() == 5 else 1
     heads = query.size(1) if head_reduction == "none" else page_metadata.size(1)
     return query.new_empty((query.size(0), heads, block_table.size(1) * parts), dtype=torch.float32)

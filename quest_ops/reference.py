@@ -77,11 +77,14 @@ def estimate_page_scores(
     seq_lens: Tensor,
     page_size: int,
     head_reduction: str,
+    *,
+    bound: str = "minmax",
 ) -> Tensor:
-    """The score of every page: `sum_d max(q_d * lo_d, q_d * hi_d)` (QUEST, Tang et al. 2024).
+    """The score of every page: `sum_d max(q_d * lo_d, q_d * hi_d)` (QUEST, Tang et al. 2024); with metadata of bound
+    "principal" `max(q . lo, q . hi)`.
 
     Returns scores `[R, Hs, P]`, `-inf` past each row's last page. `head_reduction`: "none" (`Hs = Hq`), or over each
-    GQA group the "max", or the "mean" of the bounds, which is one product with the group's mean of `q+` and of `q-`.
+    GQA group the "max" or the "mean".
     """
     metadata = _with_parts(page_metadata)
     rows, num_heads, dim = query.shape
@@ -89,10 +92,6 @@ def estimate_page_scores(
     num_pages_max = block_table.size(1) * parts
     compute = _compute_dtype(query, metadata)
     grouped = query.to(compute).view(rows, kv_heads, num_heads // kv_heads, dim)
-    positive, negative = grouped.clamp(min=0), grouped.clamp(max=0)
-    if head_reduction == "mean":
-        positive, negative = positive.mean(2, keepdim=True), negative.mean(2, keepdim=True)
-
     score_heads = num_heads if head_reduction == "none" else kv_heads
     scores = torch.full((rows, score_heads, num_pages_max), -torch.inf, dtype=compute, device=query.device)
     for r, length in enumerate(seq_lens.tolist()):
@@ -101,12 +100,15 @@ def estimate_page_scores(
         bounds = metadata[blocks].to(compute).transpose(1, 2).flatten(0, 1)[:num_pages]  # [num_pages, Hkv, 2, D]
         for h in range(kv_heads):
             lo, hi = bounds[:, h, 0], bounds[:, h, 1]
-            of_group = positive[r, h] @ hi.T + negative[r, h] @ lo.T  # [G or 1, num_pages]
-            if head_reduction == "none":
-                group = of_group.size(0)
-                scores[r, h * group : (h + 1) * group, :num_pages] = of_group
+            q = grouped[r, h]
+            if bound == "principal":
+                of_group = torch.maximum(q @ hi.T, q @ lo.T)  # [G, num_pages]
             else:
-                scores[r, h, :num_pages] = of_group.amax(0)
+                of_group = q.clamp(min=0) @ hi.T + q.clamp(max=0) @ lo.T
+            if head_reduction == "none":
+                scores[r, h * len(q) : (h + 1) * len(q), :num_pages] = of_group
+            else:
+                scores[r, h, :num_pages] = of_group.amax(0) if head_reduction == "max" else of_group.mean(0)
     return scores
 
 
@@ -218,6 +220,7 @@ def quest_decode_attention(
     recent_pages: int,
     head_reduction: str,
     *,
+    bound: str = "minmax",
     sm_scale: float | None = None,
     page_budgets: Tensor | None = None,
     out: Tensor | None = None,
@@ -225,7 +228,7 @@ def quest_decode_attention(
 ) -> tuple[Tensor, Tensor]:
     """`estimate_page_scores`, `select_topk_pages` and `sparse_decode_attention` in a row: QUEST's decode step."""
     page_size = k_cache.size(1) // _with_parts(page_metadata).size(2)
-    scores = estimate_page_scores(query, page_metadata, block_table, seq_lens, page_size, head_reduction)
+    scores = estimate_page_scores(query, page_metadata, block_table, seq_lens, page_size, head_reduction, bound=bound)
     page_ids, page_counts = select_topk_pages(
         scores, seq_lens, page_size, page_budget, sink_pages, recent_pages, page_budgets=page_budgets
     )
@@ -266,7 +269,8 @@ def quest_decode_step(
         if at >= 0:
             slots[r] = int(block_table[r // rows_per_request, at // block_size]) * block_size + at % block_size
     append_paged_kv(key, value, k_cache, v_cache, page_metadata, slots, bound=bound, bound_scale=bound_scale)
-    return quest_decode_attention(query, k_cache, v_cache, page_metadata, block_table, seq_lens, *choice, **options)
+    pools = k_cache, v_cache, page_metadata
+    return quest_decode_attention(query, *pools, block_table, seq_lens, *choice, bound=bound, **options)
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -298,7 +302,9 @@ def _store_bounds(bounds: Tensor, keys: Tensor, bound: str, bound_scale: float) 
     """Store lo and hi of `keys` `[n, Hkv, D]` into `bounds` `[Hkv, 2, D]`; NaN stays NaN.
 
     "minmax": channel-wise minimum and maximum. "cuboid", "mean_std": mean -+ bound_scale * mean absolute deviation or
-    standard deviation, sums in the order of the tokens.
+    standard deviation, sums in the order of the tokens. "principal": mean -+ bound_scale * deviation along an axis,
+    that of one step of the power method from the key farthest from the mean; the fourth root of the mean fourth power
+    of the deviations below the mean, and of those above.
     """
     keys = keys.to(_compute_dtype(keys))
     if bound == "minmax":
@@ -309,10 +315,12 @@ def _store_bounds(bounds: Tensor, keys: Tensor, bound: str, bound_scale: float) 
         deviation = keys - mean
         if bound == "cuboid":
             radius = bound_scale * (_sum_in_order(deviation.abs()) / count)
+        elif bound == "principal":
+            below, above = _principal_deviations(deviation, bound_scale)
         else:
             variance = _sum_in_order(deviation * deviation) / count
             radius = bound_scale * variance.double().sqrt().to(keys.dtype)  # torch's float32 root is not the nearest
-        lo, hi = mean - radius, mean + radius
+        lo, hi = (mean + below, mean + above) if bound == "principal" else (mean - radius, mean + radius)
     # Which of -0 and +0 a min returns depends on the order of the keys: adding +0 leaves one answer.
     lo, hi = lo + 0.0, hi + 0.0
     if bounds.dtype == _FP8 and bound == "minmax":
@@ -321,6 +329,36 @@ def _store_bounds(bounds: Tensor, keys: Tensor, bound: str, bound_scale: float) 
         lo, hi = ((x.clamp(-448, 448).to(_FP8).float() + 0.0).to(_FP8) for x in (lo, hi))
     bounds[:, 0] = lo
     bounds[:, 1] = hi
+
+
+def _principal_deviations(deviation: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """[Hkv, D] each, of deviations [n, Hkv, D] from the mean."""
+
+    def dot(a: Tensor, b: Tensor) -> Tensor:
+        products = a * b
+        while products.size(-1) > 1:
+            products = products[..., ::2] + products[..., 1::2]
+        return products
+
+    def root(x: Tensor) -> Tensor:
+        return x.double().sqrt().to(x.dtype)  # torch's float32 root is not the nearest
+
+    squares = dot(deviation, deviation)
+    farthest = squares.argmax(0, keepdim=True)  # the first of them
+    square = squares.gather(0, farthest)[0]
+    start = deviation.gather(0, farthest.expand_as(deviation[:1]))
+    length, deviates = root(square), square >= torch.finfo(torch.float32).tiny
+    axis = _sum_in_order(dot(deviation, start) * torch.where(deviates, 1 / square, 0) * deviation)
+    axis_square = dot(axis, axis)
+    axis = axis * torch.where(axis_square > 0, 1 / root(axis_square), 0)
+    along = dot(deviation, axis) * torch.where(deviates, 1 / length, 0)
+    fourth = (along * along) * (along * along)
+    count = torch.full_like(length, len(deviation))
+    reach = torch.tensor(scale, dtype=length.dtype) * length
+    below, above = (
+        reach * root(root(_sum_in_order(torch.where(side, fourth, 0)) / count)) for side in (~(along > 0), along > 0)
+    )
+    return -below * axis, above * axis
 
 
 def _sum_in_order(x: Tensor) -> Tensor:

@@ -28,11 +28,13 @@ class Problem:
         metadata_dtype=None,
         max_pages=None,
         layout="NHD",
+        bound="minmax",
         seed=0,
         device="cuda",
     ):
         self.generator = torch.Generator(device).manual_seed(seed)
         self.page, self.parts, self.rows, self.device, self.dtype = page, parts, rows, device, dtype
+        self.bound = bound
         block_size, batch = page * parts, len(lengths)
         max_blocks = -(-max(lengths) // block_size) if max_pages is None else max_pages // parts
         self.max_pages, self.capacity = max_blocks * parts, max_blocks * block_size
@@ -81,7 +83,8 @@ class Problem:
         """keys [B, capacity, Hkv, D]; writes those within the lengths, and all metadata."""
         self._write(self.k, keys)
         self.metadata.view(torch.uint8).fill_(0xFF)  # NaN in every dtype
-        quest_ops.update_page_metadata(self.k, self.metadata, self.table, self.lengths, torch.zeros_like(self.lengths))
+        starts = torch.zeros_like(self.lengths)
+        quest_ops.update_page_metadata(self.k, self.metadata, self.table, self.lengths, starts, bound=self.bound)
 
     def forget_pages(self, pages):
         """Metadata of the pages [n] of every request becomes NaN: "unknown"."""
@@ -94,14 +97,16 @@ class Problem:
 
     def fused(self, budget, sink=1, recent=2, reduction="max", **options):
         inputs = self.query, self.k, self.v, self.metadata, self.table, self.lens
-        return quest_ops.quest_decode_attention(*inputs, budget, sink, recent, reduction, **options)
+        choice = budget, sink, recent, reduction
+        return quest_ops.quest_decode_attention(*inputs, *choice, bound=self.bound, **options)
 
     def step(self, key, value, budget, sink=1, recent=2, reduction="max", **options):
         inputs = self.query, key, value, self.k, self.v, self.metadata, self.table, self.lens
-        return quest_ops.quest_decode_step(*inputs, budget, sink, recent, reduction, **options)
+        return quest_ops.quest_decode_step(*inputs, budget, sink, recent, reduction, bound=self.bound, **options)
 
     def select(self, budget, sink=1, recent=2, reduction="max", page_budgets=None):
-        scores = quest_ops.estimate_page_scores(self.query, self.metadata, self.table, self.lens, self.page, reduction)
+        inputs = self.query, self.metadata, self.table, self.lens
+        scores = quest_ops.estimate_page_scores(*inputs, self.page, reduction, bound=self.bound)
         return quest_ops.select_topk_pages(
             scores, self.lens, self.page, budget, sink, recent, page_budgets=page_budgets
         )

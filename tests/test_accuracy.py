@@ -151,9 +151,10 @@ def test_keys_and_queries_are_turned_to_their_places(bench, method):
         torch.testing.assert_close(query, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("bound", ["mean_std", "principal"])
 @pytest.mark.parametrize("size", [8, 16, 32])
-def test_a_long_context_is_attended_to_by_the_pages_that_a_policy_chooses(bench, size):
-    policy = next(p for p in (bench.policies.BEST, *bench.policies.NAMED) if p.page_size == size)
+def test_a_long_context_is_attended_to_by_the_pages_that_a_policy_chooses(bench, size, bound):
+    policy = next(p for p in bench.policies.ALL if (p.page_size, p.bound, p.eight_bit) == (size, bound, True))
     policy = dataclasses.replace(policy, eight_bit=False)
     generator = torch.Generator().manual_seed(0)
     query, (keys, values) = torch.randn(2, 4, 64, generator=generator), torch.randn(2, 384, 2, 64, generator=generator)
@@ -163,11 +164,17 @@ def test_a_long_context_is_attended_to_by_the_pages_that_a_policy_chooses(bench,
     config = policy.config(160)
     of_pages = keys.unflatten(0, (-1, size))
     mean, deviation = of_pages.mean(1), of_pages.std(1, correction=0)  # [P, Hkv, D]
+    points = torch.zeros(384 // size, 2, 1, 2, 64)
+    table, lens = torch.arange(384 // size, dtype=torch.int32)[None], lengths[:1]
+    quest_ops.reference.update_page_metadata(of_pages, points, table, lens, torch.zeros_like(lens), bound="principal")
     always = torch.zeros(384 // size, dtype=torch.bool)
     always[: config.sink_pages], always[-config.recent_pages :] = True, True
     for row, head in itertools.product(range(2), range(4)):
         group = query[row].view(2, 2, 64)[head // 2]
-        scores = (group @ mean[:, head // 2].T + group.abs() @ deviation[:, head // 2].T).amax(0)
+        if bound == "principal":
+            scores = torch.einsum("gd,ped->gpe", group, points[:, head // 2, 0]).amax((0, 2))
+        else:
+            scores = (group @ mean[:, head // 2].T + group.abs() @ deviation[:, head // 2].T).amax(0)
         chosen = scores.masked_fill(always, torch.inf).topk(160 // size).indices
         keys_of_head, values_of_head = (x[: lengths[row], head // 2] for x in (keys, values))
         logits, kept = keys_of_head @ query[row, head] / 8, torch.isin(torch.arange(lengths[row]) // size, chosen)
@@ -210,8 +217,9 @@ def test_top_p_takes_the_fewest_pages_that_hold_the_share(bench):
     shares = torch.tensor([0.2, 0.5, 0.9, 0.999])
     found = bounded.counts(1, query, shares)
     scores = quest_ops.estimate_page_scores(
-        query, attention.cache.page_metadata(1), attention.request_table, attention.seq_lens, 8, "max"
-    )
+        query, attention.cache.page_metadata(1), attention.request_table, attention.seq_lens, 8, "max",
+        bound=attention.config.bound,
+    )  # fmt: skip
     assert bounded.least == 2 + 4 + 1 and bounded.most == 40
     for row, head, (i, share) in itertools.product(range(8), range(2), enumerate(shares)):
         length = int(attention.seq_lens[row])

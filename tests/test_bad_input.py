@@ -216,6 +216,7 @@ def test_a_wrong_tensor_is_named(device, op, name, change):
     "op, name, value",
     [
         *[(op, "bound", name) for op in ("append", "update") for name in ("", "min_max", "Cuboid")],
+        *[(op, "bound", "median") for op in ("scores", "quest")],
         *[(op, "bound_scale", 1.5) for op in ("append", "update")],  # of minmax, which has no radius
         ("scores", "page_size", 0),
         ("scores", "page_size", 24),
@@ -243,7 +244,7 @@ def test_a_wrong_value_is_named(device, op, name, value):
 @pytest.mark.parametrize("op", ["append", "update"])
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf"), 1e39, 1e-60])
 def test_a_bound_scale_that_is_no_positive_float32_number_is_named(device, op, scale):
-    for bound in ("minmax", "cuboid", "mean_std"):
+    for bound in ("minmax", "cuboid", "mean_std", "principal"):
         assert_rejected(op, good_arguments(op, device) | {"bound": bound, "bound_scale": scale}, "bound_scale")
 
 

@@ -10,6 +10,7 @@ import runpy
 import subprocess
 import sys
 import types
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -289,7 +290,7 @@ def test_the_ratio_is_to_flashinfer_where_there_and_the_shares_add_up(bench):
         names = [bench.figures.label_of(row) for row in rows]
         assert names[:2] == ["quest", "quest, 8-bit metadata, 2 dense layers, select every 4"]
         assert names[2] == "quest, 8-bit metadata, pages of 8" and len(names) == len(present)
-        assert [(row["page_size"], row["bound"]) for row in rows[1:3]] == [(16, "minmax"), (8, "mean_std")]
+        assert [(row["page_size"], row["bound"]) for row in rows[1:3]] == [(16, "minmax"), (8, "principal")]
         older = {key: rows[0][key] for key in ("attention", "metadata", "dense_layers")}
         assert bench.figures.label_of(older) == names[0]
 
@@ -340,9 +341,9 @@ def test_quick_end_to_end_run_writes_rows_and_a_figure(bench, monkeypatch, tmp_p
     assert {"gpu", "torch", "command", "csrc_tree", "threads", "rows"} <= set(record)
     keys = "attention", "page_size", "bound", "metadata", "dense_layers", "select_every"
     assert sorted(tuple(row[key] for key in keys) for row in record["rows"]) == [
-        ("quest", 8, "mean_std", "8", 2, 1),
-        ("quest", 8, "mean_std", "8", 2, 2),
-        ("sdpa", 8, "mean_std", "8", 2, 1),
+        ("quest", 8, "principal", "8", 2, 1),
+        ("quest", 8, "principal", "8", 2, 2),
+        ("sdpa", 8, "principal", "8", 2, 1),
     ]
     for row in record["rows"]:
         ms, without, products = (row[name] for name in ("ms", "without_attention_ms", "products_ms"))
@@ -631,13 +632,13 @@ def test_budgets_by_head_that_cannot_be_compared_are_named(bench, budgets_file):
 
 
 def test_budgets_by_head_stand_beside_the_named_policies_alone(bench, budgets_file, monkeypatch):
-    names = "mean_std 1, pages of 8, 8-bit, select every 2", "minmax"
+    names = "principal 1, pages of 8, 8-bit, select every 2", "minmax"
     arguments = "--quick", "--budget", "128", "--policy", *names, "--head-budgets", budgets_file
     monkeypatch.setattr(sys, "argv", ["accuracy.py", "needles", *map(str, arguments)])
     pairs = bench.accuracy.parse().compared
     assert [(policy.name, policy.select_every, budget) for policy, budget in pairs] == [
         ("minmax", 1, 128),
-        ("mean_std 1, pages of 8, 8-bit, select every 2", 2, 128),
+        ("principal 1, pages of 8, 8-bit, select every 2", 2, 128),
         ("mean_std 1, pages of 8, 8-bit, by head", 1, 128),
     ]
 
@@ -714,10 +715,10 @@ def test_accuracy_says_in_one_line_what_it_cannot_do(run_script, arguments, mess
 
 def test_fidelity_is_not_of_policies_that_keep_pages(run_script):
     done = run_script(
-        "accuracy.py", "fidelity", "--quick", "--policy", "minmax", "mean_std 1, pages of 8, 8-bit, select every 2"
+        "accuracy.py", "fidelity", "--quick", "--policy", "minmax", "principal 1, pages of 8, 8-bit, select every 2"
     )
     assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith(
-        "not of 'mean_std 1, pages of 8, 8-bit, select every 2'"
+        "not of 'principal 1, pages of 8, 8-bit, select every 2'"
     )
 
 
@@ -819,7 +820,7 @@ def test_a_wrong_choice_and_a_wrong_output_are_reported(bench, monkeypatch, devi
     for keys, metadata in zip(layers.k, layers.metadata(pages)):
         expected, starts = torch.zeros_like(metadata), torch.zeros_like(layers.lens)
         quest_ops.reference.update_page_metadata(
-            keys, expected, layers.table, layers.lens, starts, bound=("minmax", "mean_std")[number]
+            keys, expected, layers.table, layers.lens, starts, bound=("minmax", "principal")[number]
         )
         assert torch.equal(metadata.view(torch.uint8), expected.view(torch.uint8))
     right, op = bench.exactness.summary(layers, pages), quest_ops.quest_decode_attention
@@ -828,8 +829,9 @@ def test_a_wrong_choice_and_a_wrong_output_are_reported(bench, monkeypatch, devi
     assert 0.1 < right["error"] < 1.1 and 0.1 < right["separate_error"] < 1.1
     for wrong in (one_recent_page_less, one_page_less, larger_output, larger_lse, a_single_nan):
         monkeypatch.setattr(
-            quest_ops, "quest_decode_attention", lambda *arguments, workspace, f=wrong: f(op, *arguments)
-        )
+            quest_ops, "quest_decode_attention",
+            lambda *arguments, bound, workspace, f=wrong: f(partial(op, bound=bound), *arguments),
+        )  # fmt: skip
         found = bench.exactness.summary(layers, pages)
         assert not bench.exactness.is_exact(found), wrong.__name__
         if wrong in (one_recent_page_less, one_page_less):  # exact for the pages that were chosen
@@ -891,7 +893,9 @@ def test_the_later_of_two_pages_at_the_cut_is_a_tie_unless_they_are_equal(bench,
     op = quest_ops.quest_decode_attention
     monkeypatch.setattr(
         quest_ops, "quest_decode_attention",
-        lambda *arguments, workspace: op(*arguments[:3], raise_score(arguments[3].clone(), 2e-6), *arguments[4:]),
+        lambda *arguments, bound, workspace: op(
+            *arguments[:3], raise_score(arguments[3].clone(), 2e-6), *arguments[4:], bound=bound
+        ),
     )  # fmt: skip
     found = bench.exactness.check_layer(layers, 2, pages)
     assert (found["other_choices"], found["ties"], found["equal_at_the_cut"]) == (1, int(not equal), int(equal))
@@ -905,8 +909,9 @@ def test_recorded_fails_where_a_choice_is_wrong(bench, monkeypatch, tmp_path, ca
     monkeypatch.setattr(bench.cases, "wall_us", lambda calls: len([call() for call in calls]))
     if not exact:
         monkeypatch.setattr(
-            quest_ops, "quest_decode_attention", lambda *arguments, workspace: one_recent_page_less(op, *arguments)
-        )
+            quest_ops, "quest_decode_attention",
+            lambda *arguments, bound, workspace: one_recent_page_less(partial(op, bound=bound), *arguments),
+        )  # fmt: skip
     sizes = "--layers 0 2 --documents 3 --context 256 600 --batch 1 2 --budget 160 256".split()
     monkeypatch.setattr(sys, "argv", ["recorded.py", "--quick", *sizes, "--json", str(tmp_path / "r.json")])
     if exact:
@@ -930,7 +935,7 @@ def test_quick_recorded_run_writes_rows(smollm2, run_script, tmp_path):
     settings = [(row["case"], row["page_size"], row["metadata"], row["bound"]) for row in record["rows"]]
     assert settings == [
         ("512-b2", 16, "16", "minmax"),
-        ("512-b2", 8, "8", "mean_std"),
+        ("512-b2", 8, "8", "principal"),
     ]
     for row in record["rows"]:
         assert row["ratio"] == pytest.approx(row["recorded_us"] / row["random_us"]) and 0 < row["error"] <= 1

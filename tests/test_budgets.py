@@ -32,7 +32,7 @@ def assert_attends_as_the_twin(attention, budgets, inputs):
         tensors = [x.cpu() for x in (cache.k_cache(layer), cache.v_cache(layer), cache.page_metadata(layer))]
         expected, _ = reference.quest_decode_attention(
             inputs[0].cpu(), *tensors, requests, attention.seq_lens.cpu(), 40, config.sink_pages, config.recent_pages,
-            config.head_reduction, page_budgets=torch.tensor(budgets[layer], dtype=torch.int32),
+            config.head_reduction, bound=config.bound, page_budgets=torch.tensor(budgets[layer], dtype=torch.int32),
         )  # fmt: skip
         tolerance = OUT_TOLERANCE[torch.float16]
         torch.testing.assert_close(out.cpu(), expected, rtol=tolerance, atol=tolerance)

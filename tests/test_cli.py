@@ -310,7 +310,7 @@ def test_calibrated_budgets_are_written_and_read(folder, capsys, tmp_path):
     assert code == 0
     assert "tokens for 2 heads, 112 on average\nerror of a layer's attention output after 284 tokens" in shown
     config = QuestConfig.with_head_budgets(out)
-    assert (config.page_size, config.bound, config.bound_scale) == (8, "mean_std", 1.0)
+    assert (config.page_size, config.bound, config.bound_scale) == (8, "principal", 1.0)
     assert (config.token_budget, config.recent_tokens) == (112, 16)
     (first,), (second,) = config.head_budgets
     assert first + second == 224
@@ -402,7 +402,7 @@ def test_inspect_draws_writes_and_prints(folder, tmp_path, capsys):
     found = json.loads((look / "inspect.json").read_text())
     assert found["prompt_tokens"] == len(PROMPT) == 183 and found["steps"] == 5 and found["pages"] == 24
     assert f"5 decode steps after {len(PROMPT)} tokens, 14 of 24 pages each" in out
-    defaults = {"page_size": 8, "bound": "mean_std", "bound_scale": 1.0, "metadata_dtype": "torch.float8_e4m3fn"}
+    defaults = {"page_size": 8, "bound": "principal", "bound_scale": 1.0, "metadata_dtype": "torch.float8_e4m3fn"}
     assert found["quest"].items() >= defaults.items()
     assert [row["layer"] for row in found["layers"]] == [0, 1]
     for row in found["layers"]:

@@ -16,7 +16,7 @@ def test_lengths_become_whole_pages():
 def test_defaults_are_what_the_tables_chose():
     config = QuestConfig()
     assert (config.page_size, config.metadata_dtype) == (8, torch.float8_e4m3fn)
-    assert (config.bound, config.bound_scale, config.select_every) == ("mean_std", 1.0, 1)
+    assert (config.bound, config.bound_scale, config.select_every) == ("principal", 1.0, 1)
     assert (config.token_budget, config.sink_tokens, config.recent_tokens) == (2048, 16, 64)
     assert (config.page_budget, config.sink_pages, config.recent_pages) == (256, 2, 8)
     assert (config.head_reduction, config.dense_layers, config.dense_below) == ("max", (), None)
@@ -62,7 +62,7 @@ def test_paper_is_as_the_paper_says():
 def test_longer_contexts_have_larger_pages_and_budgets_of_as_many_bytes(tokens, budget, page_size, token_budget):
     config = QuestConfig.for_context(tokens, budget, recent_tokens=128)
     assert (config.page_size, config.token_budget, config.recent_tokens) == (page_size, token_budget, 128)
-    assert (config.bound, config.metadata_dtype) == ("mean_std", torch.float8_e4m3fn)
+    assert (config.bound, config.metadata_dtype) == ("principal", torch.float8_e4m3fn)
     read = config.token_budget + tokens / (2 * page_size)  # in tokens' K and V of 16 bits
     assert abs(read - (budget + tokens / 16)) <= 1
 
@@ -108,7 +108,7 @@ def test_a_config_is_frozen_and_hashable():
         ({"metadata_dtype": "bfloat16"}, TypeError, "metadata_dtype.*'bfloat16'"),
         ({"metadata_dtype": torch.float8_e5m2}, ValueError, "metadata_dtype.*float8_e4m3fn.*float8_e5m2"),
         ({"metadata_dtype": torch.int8}, ValueError, "metadata_dtype.*int8"),
-        ({"bound": "std"}, ValueError, "bound.*minmax.*cuboid.*mean_std.*'std'"),
+        ({"bound": "std"}, ValueError, "bound.*minmax.*cuboid.*mean_std.*principal.*'std'"),
         ({"bound": None}, ValueError, "bound.*None"),
         ({"bound": "minmax", "bound_scale": 1.5}, ValueError, "bound_scale.*minmax.*1.5"),
         ({"bound": "cuboid", "bound_scale": 0}, ValueError, "bound_scale.*0"),

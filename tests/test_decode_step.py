@@ -14,8 +14,8 @@ METADATA = pytest.mark.parametrize("metadata_dtype", [None, FP8], ids=["16 bits"
 class Step:
     """A Problem's last tokens, taken out of a copy of its cache: they are to be appended."""
 
-    def __init__(self, problem, bound="minmax"):
-        self.problem, self.bound = problem, bound
+    def __init__(self, problem):
+        self.problem, self.bound = problem, problem.bound
         self.workspace = new_workspace(problem.device) if problem.device == "cuda" else None
         block_size = problem.k.size(1)
         at = problem.lens.long().clamp(max=problem.capacity) - 1
@@ -51,7 +51,8 @@ class Step:
         problem, caches = self.problem, self.caches()
         quest_ops.append_paged_kv(self.key, self.value, *caches, self.slots, bound=self.bound)
         inputs = problem.query, *caches, problem.table, problem.lens, budget, 1, 2, reduction
-        return *quest_ops.quest_decode_attention(*inputs, workspace=self.workspace, **options), *caches
+        options = {"bound": self.bound, "workspace": self.workspace} | options
+        return *quest_ops.quest_decode_attention(*inputs, **options), *caches
 
 
 def assert_step(step, budget, **options):
@@ -69,9 +70,9 @@ def lengths_of(page):
 @METADATA
 @pytest.mark.parametrize("page, parts", [(8, 1), (8, 2), (16, 1), (16, 3), (32, 1), (128, 1)])
 def test_as_the_two_ops(device, page, parts, metadata_dtype):
-    for layout, bound in (("NHD", "minmax"), ("HND", "mean_std")):
+    for layout, bound in (("NHD", "minmax"), ("HND", "mean_std"), ("NHD", "principal")):
         sizes = {"page": page, "parts": parts, "layout": layout, "metadata_dtype": metadata_dtype, "max_pages": 42}
-        step = Step(Problem(lengths_of(page), 2, 2, 64, **sizes, device=device), bound)
+        step = Step(Problem(lengths_of(page), 2, 2, 64, **sizes, bound=bound, device=device))
         for budget in (5, 41, 64):
             assert_step(step, budget)
 
@@ -79,9 +80,10 @@ def test_as_the_two_ops(device, page, parts, metadata_dtype):
 @METADATA
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_other_reductions_and_budgets_by_row(device, reduction, metadata_dtype):
-    problem = Problem([640, 333, 0], 2, 4, 64, metadata_dtype=metadata_dtype, device=device)
     budgets = torch.tensor([4, 9, 5], dtype=torch.int32, device=device)
-    assert_step(Step(problem, "cuboid"), 9, reduction=reduction, page_budgets=budgets)
+    for bound in ("cuboid", "principal"):
+        problem = Problem([640, 333, 0], 2, 4, 64, metadata_dtype=metadata_dtype, bound=bound, device=device)
+        assert_step(Step(problem), 9, reduction=reduction, page_budgets=budgets)
 
 
 @METADATA
@@ -92,8 +94,9 @@ def test_rows_of_one_request_see_each_other(device, rows, metadata_dtype):
 
 
 @METADATA
-def test_as_the_twin(device, metadata_dtype):
-    step = Step(Problem([200, 97, 0], 2, 2, 64, metadata_dtype=metadata_dtype, device=device), "mean_std")
+@pytest.mark.parametrize("bound", ["mean_std", "principal"])
+def test_as_the_twin(device, bound, metadata_dtype):
+    step = Step(Problem([200, 97, 0], 2, 2, 64, metadata_dtype=metadata_dtype, bound=bound, device=device))
     out, lse, *caches = step.run(6)
     twin_out, twin_lse, *twin_caches = step.run(6, reference)
     torch.testing.assert_close(out, twin_out, atol=2e-3, rtol=2e-3)
@@ -156,7 +159,7 @@ def test_wrong_tokens_write_nothing(device, wrong):
 def test_shapes_of_models(batch, kv_heads, group, tokens, page, head_dim, metadata_dtype):
     sizes = {"page": page, "parts": 16 // page, "layout": "HND", "metadata_dtype": metadata_dtype}
     lengths = [max(tokens - 37 * b, 1) for b in range(batch)]
-    step = Step(Problem(lengths, kv_heads, group, head_dim, **sizes, device="cuda"), "mean_std")
+    step = Step(Problem(lengths, kv_heads, group, head_dim, **sizes, bound="mean_std", device="cuda"))
     for budget in (512 // page, 2048 // page, step.problem.max_pages):  # the last: all are attended to
         assert_step(step, budget)
 

@@ -1,5 +1,7 @@
 """Decode attention in one launch (sm_90 and later) against the separate ops: shapes, lengths, scores of all kinds."""
 
+import itertools
+
 import pytest
 import torch
 from cases import FP8, LAYOUTS, Shape, assert_attention_close, assert_same_bits, build
@@ -35,10 +37,11 @@ def teams_of(size):
 
 @METADATA
 @DTYPES
+@pytest.mark.parametrize("bound", ["minmax", "principal"])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_every_instantiation(head_dim, dtype, metadata_dtype):
+def test_every_instantiation(head_dim, bound, dtype, metadata_dtype):
     for pages in (300, 3000, 6000, 12_000):
-        sizes = {"page": 8, "head_dim": head_dim, "dtype": dtype, "metadata_dtype": metadata_dtype}
+        sizes = {"page": 8, "head_dim": head_dim, "dtype": dtype, "metadata_dtype": metadata_dtype, "bound": bound}
         problem = Problem([8 * pages - 5], 2, 4, **sizes, device=DEVICE)
         assert_fused_equals_separate(problem, 70)
         assert_close(problem.fused(70), problem.separate(70))  # without a workspace
@@ -58,9 +61,9 @@ def test_every_page_size(page, parts, metadata_dtype):
 @pytest.mark.parametrize("reduction", ["max", "mean"])
 @pytest.mark.parametrize("group", [1, 3, 4, 7, 8])
 def test_every_group(group, reduction, metadata_dtype):
-    for head_dim in (64, 128, 256):
-        problem = Problem([5000, 777], 2, group, head_dim, metadata_dtype=metadata_dtype, device=DEVICE)
-        assert_fused_equals_separate(problem, 24, reduction=reduction)
+    for head_dim, bound in itertools.product((64, 128, 256), ("minmax", "principal")):
+        sizes = {"head_dim": head_dim, "metadata_dtype": metadata_dtype, "bound": bound}
+        assert_fused_equals_separate(Problem([5000, 777], 2, group, **sizes, device=DEVICE), 24, reduction=reduction)
 
 
 @METADATA

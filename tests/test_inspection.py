@@ -93,7 +93,7 @@ def test_pages_mass_and_error_are_those_of_the_plain_computation(monkeypatch, re
     ]
 
 
-@pytest.mark.parametrize("bound", ["minmax", "mean_std"])
+@pytest.mark.parametrize("bound", ["minmax", "mean_std", "principal"])
 def test_it_looks_at_what_a_generation_does(bound, device):
     """The tokens and the pages of Generator, for a budget that is no whole number of pages and 8-bit metadata too."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16

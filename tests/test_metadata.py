@@ -114,7 +114,8 @@ def test_nan_keys_stay_nan_in_their_channel(device, metadata_dtype, bound):
     metadata = make_metadata(shape, device)
     update(case, metadata, torch.zeros_like(case.request_lens), **shape.bound_options)
     assert metadata[block, 1, 0, :, 9].isnan().all()
-    assert metadata[case.block_table[0].long()].isnan().sum() == 2
+    unknown = 2 * 64 if bound[0] == "principal" else 2  # an axis is of all channels
+    assert metadata[case.block_table[0].long()].isnan().sum() == unknown
 
 
 def every_number(dtype):
@@ -172,11 +173,38 @@ def test_mean_bounds_of_the_twin_are_the_statistics_of_torch():
     keys += torch.linspace(-3, 3, 64)
     mean = keys.mean(1)
     radii = {"cuboid": (keys - mean[:, None]).abs().mean(1), "mean_std": keys.std(1, correction=0)}
-    for name, scale in BOUNDS[1:]:
+    for name, scale in BOUNDS[1:5]:
         lo, hi = metadata_of(keys, "cpu", (name, scale), None, reference.update_page_metadata).unbind(1)
         torch.testing.assert_close((lo + hi) / 2, mean)
         torch.testing.assert_close((hi - lo) / 2, scale * radii[name])
         assert (hi > lo).all()
+
+
+def test_points_of_the_twin_are_on_the_principal_axis():
+    """Of keys that deviate along one line, that is the line; in any case it is the power method's step."""
+
+    def check(keys, axis, scale):  # axis [7, 64], its sign that of the farthest key
+        mean = keys.mean(1)
+        along = ((keys - mean[:, None]) * axis[:, None]).sum(-1)
+        above, below = ((along * sign).clamp(min=0).pow(4).mean(1).pow(0.25) for sign in (1, -1))
+        lo, hi = metadata_of(keys, "cpu", ("principal", scale), None, reference.update_page_metadata).unbind(1)
+        torch.testing.assert_close(lo, mean - scale * below[:, None] * axis)
+        torch.testing.assert_close(hi, mean + scale * above[:, None] * axis)
+        return along
+
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(7, 13, 64, dtype=torch.float64, generator=generator)
+    line = torch.nn.functional.normalize(torch.randn(7, 64, dtype=torch.float64, generator=generator), dim=-1)
+    along = torch.randn(7, 13, dtype=torch.float64, generator=generator)
+    centred = along - along.mean(1, keepdim=True)
+    sign = centred.gather(1, centred.abs().argmax(1, keepdim=True)).sign()
+    for scale in (1.0, 0.5):
+        check(3 + along[..., None] * line[:, None], sign * line, scale)
+    deviation = noise - noise.mean(1, keepdim=True)
+    farthest = deviation[torch.arange(7), deviation.norm(dim=-1).argmax(1)]
+    step = torch.einsum("pt,ptd->pd", torch.einsum("ptd,pd->pt", deviation, farthest), deviation)
+    along = check(noise, torch.nn.functional.normalize(step, dim=-1), 1.0)
+    assert (along.std(1, correction=0) > torch.linalg.svdvals(deviation)[:, 0] / 13**0.5 * 0.8).all()
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
@@ -197,13 +225,13 @@ def test_mean_bounds_have_the_twins_bits_for_any_number_of_tokens(device, metada
 def test_mean_bounds_past_the_largest_number_saturate_or_are_infinite(device):
     """A sum past float32's largest number leaves no mean: NaN, the page is unknown."""
     keys = torch.tensor([60000.0, -60000.0] * 4, dtype=torch.float16)[:, None].repeat(1, 64)[None]
-    for bound in (("cuboid", 2.0), ("mean_std", 2.0)):
+    for bound in (("cuboid", 2.0), ("mean_std", 2.0), ("principal", 2.0)):
         lo, hi = metadata_of(keys, device, bound, None).unbind(1)
         assert (lo == -torch.inf).all() and (hi == torch.inf).all()
         lo, hi = metadata_of(keys, device, bound, FP8).float().unbind(1)
         assert (lo == -448).all() and (hi == 448).all()
     keys = torch.full((1, 8, 64), 3e38, dtype=torch.bfloat16)
-    for bound in (("cuboid", 2.0), ("mean_std", 2.0)):
+    for bound in (("cuboid", 2.0), ("mean_std", 2.0), ("principal", 2.0)):
         for metadata_dtype in METADATA_DTYPES:
             expected = metadata_of(keys, "cpu", bound, metadata_dtype, reference.update_page_metadata)
             assert_same_bits(metadata_of(keys, device, bound, metadata_dtype), expected)

@@ -36,7 +36,7 @@ def samples(op, shape, device):
     page_ids = torch.zeros(shape.num_rows, 1, 3, dtype=torch.int32, device=device)
     counts = torch.ones(shape.num_rows, 1, dtype=torch.int32, device=device)
     budgets = torch.full((shape.num_rows,), 5, dtype=torch.int32, device=device)
-    bounds = {}, {"bound": "mean_std", "bound_scale": 1.5}
+    bounds = {}, {"bound": "mean_std", "bound_scale": 1.5}, {"bound": "principal", "bound_scale": 0.75}
     if op == "append_paged_kv":
         _, key, value = fused_slices(shape, 8, shape.generator(), device)
         slots = slots_of(make_block_table(shape), 0, 0, 6, shape.block_size).to(device)
@@ -48,7 +48,8 @@ def samples(op, shape, device):
             yield (case.k_cache, make_metadata(shape, device), case.block_table, case.request_lens, starts), options
     elif op == "estimate_page_scores":
         for head_reduction in ("max", "mean", "none"):
-            yield (case.query, case.page_metadata, *tables, shape.page_size, head_reduction), {}
+            for bound in ("minmax", "principal"):
+                yield (case.query, case.page_metadata, *tables, shape.page_size, head_reduction), {"bound": bound}
     elif op == "select_topk_pages":
         scores = torch.rand(shape.num_rows, 2, shape.num_pages, generator=shape.generator()).to(device)
         yield (scores, case.seq_lens, 16, 6, 1, 2), {}

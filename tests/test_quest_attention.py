@@ -40,16 +40,17 @@ def dense(case, shape):
 
 def assert_equals_composition(case, shape, budget, sink, recent, head_reduction, page_budgets=None):
     """Against the twins where no page is within rounding of the cut; returns the share of heads where none is."""
-    args = shape.page_size, budget, sink, recent
+    args, bound = (shape.page_size, budget, sink, recent), shape.bound[0]
     scores = quest_ops.estimate_page_scores(
-        case.query, case.page_metadata, case.block_table, case.seq_lens, shape.page_size, head_reduction
+        case.query, case.page_metadata, case.block_table, case.seq_lens, shape.page_size, head_reduction, bound=bound
     )
     page_ids, _ = quest_ops.select_topk_pages(scores, case.seq_lens, *args, page_budgets=page_budgets)
 
     exact = case.exact()
     exact_scores = reference.estimate_page_scores(
-        exact.query, exact.page_metadata, exact.block_table, exact.seq_lens, shape.page_size, head_reduction
-    )
+        exact.query, exact.page_metadata, exact.block_table, exact.seq_lens, shape.page_size, head_reduction,
+        bound=bound,
+    )  # fmt: skip
     host_budgets = None if page_budgets is None else page_budgets.cpu()
     exact_ids, exact_counts = reference.select_topk_pages(
         exact_scores, exact.seq_lens, *args, page_budgets=host_budgets
@@ -70,7 +71,7 @@ def assert_equals_composition(case, shape, budget, sink, recent, head_reduction,
         page_size=shape.page_size,
     )
     clear = clear.repeat_interleave(shape.num_heads // clear.size(1), 1)
-    actual = quest(case, budget, sink, recent, head_reduction, page_budgets=page_budgets)
+    actual = quest(case, budget, sink, recent, head_reduction, bound=bound, page_budgets=page_budgets)
     assert_attention_close(*actual, *expected, where=clear)
     return clear.float().mean() if clear.numel() else 1.0
 

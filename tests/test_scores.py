@@ -3,12 +3,14 @@
 import pytest
 import torch
 from cases import (
+    BOUNDS,
     FP8,
     GROUPS,
     HEAD_DIMS,
     HEAD_REDUCTIONS,
     METADATA_DTYPES,
     PAGE_SIZES,
+    PRINCIPAL,
     Shape,
     assert_same_bits,
     build,
@@ -28,7 +30,7 @@ SLACK = 1e-5  # rounding of the score, relative to the largest sum of the magnit
 
 def scores_of(case, shape, head_reduction, op=quest_ops.estimate_page_scores):
     inputs = case.query, case.page_metadata, case.block_table, case.seq_lens
-    return op(*inputs, shape.page_size, head_reduction)
+    return op(*inputs, shape.page_size, head_reduction, bound=shape.bound[0])
 
 
 def assert_scores_are_the_twins(case, shape, head_reduction):
@@ -57,8 +59,9 @@ def test_every_instantiation(device, head_dim, head_reduction, metadata_dtype):
     for i, group in enumerate(GROUPS):
         for dtype in dtypes(device):
             sizes = (300, 21), 24, PAGE_SIZES[i % 2], 2, 3, 2, group, head_dim, dtype
-            shape = Shape(*sizes, seed=i, metadata_dtype=metadata_dtype)
-            assert_scores_are_the_twins(build(shape, device), shape, head_reduction)
+            for bound in (BOUNDS[0], PRINCIPAL):
+                shape = Shape(*sizes, seed=i, metadata_dtype=metadata_dtype, bound=bound)
+                assert_scores_are_the_twins(build(shape, device), shape, head_reduction)
 
 
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
@@ -131,10 +134,11 @@ def test_a_page_of_nan_metadata_scores_nan(device, metadata_dtype):
 
 @pytest.mark.parametrize("metadata_dtype", METADATA_DTYPES)
 @pytest.mark.parametrize("group", GROUPS)
-def test_one_nan_survives_the_reduction(device, group, metadata_dtype):
+@pytest.mark.parametrize("bound", [BOUNDS[0], PRINCIPAL])
+def test_one_nan_survives_the_reduction(device, bound, group, metadata_dtype):
     """A NaN in one channel of a key, or in one head of a group, whatever the other terms and heads are."""
     for head_reduction in HEAD_REDUCTIONS:
-        shape = Shape((200,), 16, 16, group=group, metadata_dtype=metadata_dtype)
+        shape = Shape((200,), 16, 16, group=group, metadata_dtype=metadata_dtype, bound=bound)
         case = build(shape, device)
         case.query[:, :, 5] = 0.0  # a product with zero must not hide it
         case.page_metadata[int(case.block_table[0, 3]), 0, :, :, 5] = torch.nan
@@ -181,3 +185,16 @@ def test_a_contiguous_query_gives_the_same_bits_as_a_slice(device):
     expected = scores_of(case, shape, "mean")
     case.query = case.query.contiguous()
     assert_same_bits(scores_of(case, shape, "mean"), expected)
+
+
+def test_points_score_as_the_better_one(device):
+    """Whatever the sign of the query: of keys on a line through their mean, both sides are known."""
+    keys = torch.tensor([2.0, 4.0] * 8)[:, None, None] * torch.ones(1, 1, 64)
+    shape = Shape((16,), 1, 16, kv_heads=1, group=2, bound=PRINCIPAL)
+    case = build(shape, device, [keys])
+    case.query[0, 0], case.query[0, 1] = 0.5, -0.5
+    deviation = 0.5**0.25  # half of them deviate by 1 to that side
+    expected = [0.5 * 64 * (3 + deviation), -0.5 * 64 * (3 - deviation)]
+    assert scores_of(case, shape, "none").flatten().tolist() == pytest.approx(expected, rel=1e-3)
+    assert scores_of(case, shape, "max").item() == pytest.approx(expected[0], rel=1e-3)
+    assert scores_of(case, shape, "mean").item() == pytest.approx(sum(expected) / 2, abs=0.1)

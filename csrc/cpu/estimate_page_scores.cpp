@@ -1,5 +1,6 @@
-// score(page) = q+ . hi + q- . lo for every page of a row, reduced over a GQA group (QUEST, Tang et al. 2024).
-// Work item: 128 pages of one request and KV head, for each of the request's rows. Bound by reading the metadata.
+// score(page) = q+ . hi + q- . lo for every page of a row, reduced over a GQA group (QUEST, Tang et al. 2024); of
+// points max(q . lo, q . hi). Work item: 128 pages of one request and KV head, for each of the request's rows. Bound by
+// reading the metadata.
 #include <limits>
 #include <type_traits>
 
@@ -19,7 +20,7 @@ int pages_ahead(int length) {
     return std::max(kTilePages, kPrefetchBytes / (length * int(sizeof(Bound))));
 }
 
-// Query heads as the weights of a page's [lo, hi]: q- then q+, each [2 D].
+// Query heads as the weights of a page's [lo, hi]: q- then q+, each [2 D]; of points q, [D].
 struct Weights {
     alignas(64) float of_head[kMaxTileHeads][2 * kMaxHeadDim];
 };
@@ -33,6 +34,12 @@ void load_weights(const T* query, int64_t head_stride, int heads, int head_dim, 
             store(w.of_head[g] + head_dim + d, max_nan(q, Vec{}));
         }
     }
+}
+
+template <typename T>
+void load_whole_weights(const T* query, int64_t head_stride, int heads, int head_dim, Weights& w) {
+    for (int g = 0; g < heads; ++g)
+        for (int d = 0; d < head_dim; d += kLanes) store(w.of_head[g] + d, load(query + g * head_stride + d));
 }
 
 // The mean over a group of the bounds is the bound of its mean q- and mean q+.
@@ -106,6 +113,9 @@ void score_tile(int heads, const Bound* const* pages, int num_pages, const Weigh
 void max_into(float* best, const float* scores) {
     for (int i = 0; i < kChunkPages; i += kLanes) store(best + i, max_nan(load(best + i), load(scores + i)));
 }
+void add_into(float* sum, const float* scores) {
+    for (int i = 0; i < kChunkPages; i += kLanes) store(sum + i, load(sum + i) + load(scores + i));
+}
 
 template <typename T, typename Bound>
 void score_chunk(const EstimateParams& p, int64_t row, int kv_head, int64_t first_page, const Bound* const* pages,
@@ -116,33 +126,45 @@ void score_chunk(const EstimateParams& p, int64_t row, int kv_head, int64_t firs
     const auto scores_of = [&](int64_t heads, int64_t head) {
         return p.scores + (row * heads + head) * max_pages + first_page;
     };
+    const bool points = p.metadata.points, mean = p.head_reduction == HeadReduction::kMean;
     Weights w;
-    alignas(64) float scores[kMaxTileHeads][kChunkPages];
-    const auto score = [&](int heads) { score_tile(heads, pages, num_pages, w, 2 * p.head_dim, scores); };
+    alignas(64) float scores[kMaxTileHeads][kChunkPages] = {};
+    const auto score = [&](int heads) {
+        score_tile(heads, pages, num_pages, w, points ? p.head_dim : 2 * p.head_dim, scores);
+        if (!points) return;
+        alignas(64) float of_second[kMaxTileHeads][kChunkPages] = {};
+        const Bound* second[kChunkPages];
+        for (int i = 0; i < num_pages; ++i) second[i] = pages[i] + p.head_dim;
+        score_tile(heads, second, num_pages, w, p.head_dim, of_second);
+        for (int i = 0; i < heads; ++i) max_into(scores[i], of_second[i]);
+    };
 
-    if (p.head_reduction == HeadReduction::kMean) {
+    if (mean && !points) {
         load_mean_weights(query, p.query.head_stride, group, p.head_dim, w);
         score(1);
         std::memcpy(scores_of(p.num_kv_heads, kv_head), scores[0], sizeof(float) * num_pages);
         return;
     }
-    alignas(64) float best[kChunkPages];
-    for (float& b : best) b = -std::numeric_limits<float>::infinity();
+    alignas(64) float of_group[kChunkPages];
+    for (float& x : of_group) x = mean ? 0 : -std::numeric_limits<float>::infinity();
     for (int g = 0; g < group; g += kMaxTileHeads) {
         const int heads = std::min(kMaxTileHeads, group - g);
-        load_weights(query + g * p.query.head_stride, p.query.head_stride, heads, p.head_dim, w);
+        const T* tile = query + g * p.query.head_stride;
+        points ? load_whole_weights(tile, p.query.head_stride, heads, p.head_dim, w)
+               : load_weights(tile, p.query.head_stride, heads, p.head_dim, w);
         score(heads);
         for (int i = 0; i < heads; ++i) {
             if (p.head_reduction == HeadReduction::kNone) {
                 std::memcpy(scores_of(p.num_q_heads, kv_head * group + g + i), scores[i], sizeof(float) * num_pages);
             } else {
-                max_into(best, scores[i]);
+                mean ? add_into(of_group, scores[i]) : max_into(of_group, scores[i]);
             }
         }
     }
-    if (p.head_reduction == HeadReduction::kMax) {
-        std::memcpy(scores_of(p.num_kv_heads, kv_head), best, sizeof(float) * num_pages);
-    }
+    if (p.head_reduction == HeadReduction::kNone) return;
+    if (mean)
+        for (float& x : of_group) x /= float(group);
+    std::memcpy(scores_of(p.num_kv_heads, kv_head), of_group, sizeof(float) * num_pages);
 }
 
 // One chunk of a request's pages and one KV head, for each row of the request.

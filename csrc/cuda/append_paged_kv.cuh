@@ -17,10 +17,10 @@ __device__ __forceinline__ int64_t slot_of(const AppendParams& p, int token) {
 }
 
 // Whether the nearest earlier token that is not skipped goes to the same page.
-__device__ __forceinline__ bool continues_page(const AppendParams& p, int token, int64_t page) {
+__device__ __forceinline__ bool continues_page(const AppendParams& p, int token, uint32_t page) {
     for (int earlier = token - 1; earlier >= 0; --earlier) {
         const int64_t slot = slot_of(p, earlier);
-        if (slot >= 0) return slot / p.page_size == page;
+        if (slot >= 0) return slot >> log2_of(p.page_size) == page;
     }
     return false;
 }
@@ -31,7 +31,8 @@ __device__ __forceinline__ void append_by_warp(const AppendParams& p, int token,
     const int lane = threadIdx.x % kWarp;
     const int64_t slot = slot_of(p, token);
     if (slot < 0) return;
-    const int64_t page = slot / p.page_size;
+    const int page_shift = log2_of(p.page_size);
+    const auto page = static_cast<uint32_t>(slot >> page_shift);
     if (continues_page(p, token, page)) return;
 
     const int64_t block = page / p.pages_per_block;
@@ -44,8 +45,8 @@ __device__ __forceinline__ void append_by_warp(const AppendParams& p, int token,
     for (int i = token; i < p.num_tokens; ++i) {
         const int64_t at = slot_of(p, i);
         if (at < 0) continue;
-        if (at / p.page_size != page) break;
-        const int offset = at % p.page_size;
+        if (at >> page_shift != page) break;
+        const int offset = static_cast<int>(at) & (p.page_size - 1);
         highest = max(highest, offset);
         for (int piece = lane; piece < 2 * kLanesPerRow; piece += kWarp) {  // the key's pieces, then the value's
             const int channel = piece % kLanesPerRow * 8;

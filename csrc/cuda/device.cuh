@@ -147,19 +147,12 @@ struct PageTable {
     __device__ __forceinline__ int visible(int seq_len) const { return min(max(seq_len, 0), max_pages << page_shift); }
     __device__ __forceinline__ int pages(int tokens) const { return (tokens + (1 << page_shift) - 1) >> page_shift; }
 
-    // Brings the block numbers into L1 by all threads of the block, one line each. A load, unlike a prefetch, is never
-    // dropped: better where there are many.
-    template <bool kMany>
+    // Brings the block numbers into L1 by all threads of the block, one line each. Not worth it where there are many.
     __device__ __forceinline__ void prefetch() const {
         constexpr int kEntries = 32;  // a line of 128 bytes
 #pragma unroll 1
-        for (int i = threadIdx.x * kEntries; i < entry(max_pages); i += blockDim.x * kEntries) {
-            int unused;
-            if (kMany)
-                asm volatile("ld.global.ca.b32 %0, [%1];" : "=r"(unused) : "l"(blocks + i));
-            else
-                asm volatile("prefetch.global.L1 [%0];" ::"l"(blocks + i));
-        }
+        for (int i = threadIdx.x * kEntries; i < entry(max_pages); i += blockDim.x * kEntries)
+            asm volatile("prefetch.global.L1 [%0];" ::"l"(blocks + i));
     }
 
     // Page i is part i % M of block i / M. Exact for every page number: they stay under 2^28.

@@ -21,6 +21,7 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock) estimate_page_scores_ke
     using Tile = PageTile<T, M, D>;
     const char* metadata = Tile::lane_part(p.metadata, kv_head);
     const uint32_t block_bytes = bytes_of<M>(p.metadata.block_stride);
+    const QueryParts<T> parts(p.metadata.points);
     const bool by_query_head = p.head_reduction == HeadReduction::kNone;
 
     auto store = [&](int64_t heads, int head, int page, float score) {
@@ -49,7 +50,7 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock) estimate_page_scores_ke
 #pragma unroll
             for (int c = 0; c < D / 32; ++c) query[c] = *reinterpret_cast<const uint4*>(head + Tile::channel(c));
             float c[4];
-            tile.multiply(c, [&](int chunk) { return query[chunk]; }, [](int) {});
+            tile.multiply(c, parts, [&](int chunk) { return query[chunk]; }, [](int) {});
             reducer.include(c, first_head, group);
 #pragma unroll
             for (int i = 0; i < 4; ++i)

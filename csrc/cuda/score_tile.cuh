@@ -1,22 +1,34 @@
-// The score of 16 pages by one warp: score(page) = q+ . hi + q- . lo, reduced over the query heads of a KV head. The
-// pages' bounds are the A operand of an mma, read from global memory straight into registers; the group's query heads
-// are B.
+// The score of 16 pages by one warp: score(page) = q+ . hi + q- . lo, or, of points, max(q . hi, q . lo), reduced over
+// the query heads of a KV head. The pages' bounds are the A operand of an mma, read from global memory straight into
+// registers; the group's query heads are B.
 #pragma once
 #include "device.cuh"
 
 namespace quest::cuda {
 
-// Keeps only the positive (or negative) part of two elements; NaN stays NaN.
+// What of a query goes with hi and with lo: its positive and its negative part, or, where these are points, all of it.
+// NaN stays NaN.
 template <class T>
-__device__ __forceinline__ uint32_t positive_part(uint32_t x) {
+struct QueryParts {
     using Pair = typename Packed<T>::Pair;
-    return bits_as<uint32_t>(__hmax2_nan(bits_as<Pair>(x), bits_as<Pair>(0u)));
-}
-template <class T>
-__device__ __forceinline__ uint32_t negative_part(uint32_t x) {
-    using Pair = typename Packed<T>::Pair;
-    return bits_as<uint32_t>(__hmin2_nan(bits_as<Pair>(x), bits_as<Pair>(0u)));
-}
+    static constexpr uint32_t kInfinities = std::is_same_v<T, half> ? 0x7c007c00u : 0x7f807f80u;
+    bool points;
+    uint32_t least, most;
+
+    __device__ __forceinline__ explicit QueryParts(bool points)
+        : points(points), least(points ? kInfinities | 0x80008000u : 0u), most(points ? kInfinities : 0u) {}
+    __device__ __forceinline__ uint4 of_hi(const uint4& q) const {
+        auto part = [&](uint32_t x) { return bits_as<uint32_t>(__hmax2_nan(bits_as<Pair>(x), bits_as<Pair>(least))); };
+        return {part(q.x), part(q.y), part(q.z), part(q.w)};
+    }
+    __device__ __forceinline__ uint4 of_lo(const uint4& q) const {
+        auto part = [&](uint32_t x) { return bits_as<uint32_t>(__hmin2_nan(bits_as<Pair>(x), bits_as<Pair>(most))); };
+        return {part(q.x), part(q.y), part(q.z), part(q.w)};
+    }
+    __device__ __forceinline__ float score(float of_hi, float of_lo) const {
+        return points ? max_keep_nan(of_hi, of_lo) : of_hi + of_lo;
+    }
+};
 
 // Where a page's bounds lie. A tile's last pages may not exist: they take another page's place, and their scores count
 // for nothing.
@@ -102,21 +114,17 @@ struct PageTile {
     // c: pages g, g + 8 (rows) against heads 2 t, 2 t + 1 (columns) of eight; query(c): channels channel(c) .. of head
     // g. done(i) is called when part i of the tile is no longer needed.
     template <class Query, class Done>
-    __device__ __forceinline__ void multiply(float (&c)[4], Query&& query, Done&& done) {
+    __device__ __forceinline__ void multiply(float (&c)[4], const QueryParts<T>& parts, Query&& query, Done&& done) {
         float above[2][4] = {}, below[2][4] = {};
 #pragma unroll
         for (int chunk = 0; chunk < kChunks; ++chunk) {
             const uint4 q = query(chunk);
-            const uint4 q_pos{positive_part<T>(q.x), positive_part<T>(q.y), positive_part<T>(q.z),
-                              positive_part<T>(q.w)};
-            const uint4 q_neg{negative_part<T>(q.x), negative_part<T>(q.y), negative_part<T>(q.z),
-                              negative_part<T>(q.w)};
-            multiply_32_channels<T>(above, chunk_of(hi[0], chunk), chunk_of(hi[1], chunk), q_pos);
-            multiply_32_channels<T>(below, chunk_of(lo[0], chunk), chunk_of(lo[1], chunk), q_neg);
+            multiply_32_channels<T>(above, chunk_of(hi[0], chunk), chunk_of(hi[1], chunk), parts.of_hi(q));
+            multiply_32_channels<T>(below, chunk_of(lo[0], chunk), chunk_of(lo[1], chunk), parts.of_lo(q));
             if (!kNarrow || chunk % 2 == 1) done(kNarrow ? chunk / 2 : chunk);
         }
 #pragma unroll
-        for (int i = 0; i < 4; ++i) c[i] = (above[0][i] + above[1][i]) + (below[0][i] + below[1][i]);
+        for (int i = 0; i < 4; ++i) c[i] = parts.score(above[0][i] + above[1][i], below[0][i] + below[1][i]);
     }
 };
 

@@ -95,13 +95,12 @@ __global__ void __launch_bounds__(kSelectThreads) select_topk_pages_kernel(const
     int cut_page = -1;
     if (bracket.count != bracket.wanted) {
         keys.for_each([&](uint32_t key, int page) {
-            if (bracket.holds(key)) select.offer(key, page);
+            if (bracket.holds(key)) select.offer(key, uint32_t(page));
         });
         __syncthreads();
-        uint2 candidate;
-        const bool keeps = select.rank_candidate(bracket, &candidate) < bracket.wanted;
-        cut = __reduce_min_sync(kAllLanes, keeps ? candidate.x : 0xffffffffu);
-        cut_page = __reduce_max_sync(kAllLanes, keeps && candidate.x == cut ? int(candidate.y) : -1);
+        select.rank_candidates<1>(bracket, 0, [&](const uint2& candidate, uint32_t better) {
+            if (better + 1 == bracket.wanted) cut = candidate.x, cut_page = int(candidate.y);
+        });
     }
     uint32_t before = 0;
     for (int start = first; start < last; start += kSelectThreads * kPagesPerThread) {

@@ -27,6 +27,7 @@ __device__ __forceinline__ void publish_pair(uint32_t* to, uint32_t x, uint32_t 
                  "l"(to_stay())
                  : "memory");
 }
+__device__ __forceinline__ bool complete(const uint4& v) { return v.x != 0 && v.y != 0 && v.z != 0 && v.w != 0; }
 __device__ __forceinline__ uint4 peek(const uint32_t* from) {
     uint4 v;
     asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -35,6 +36,13 @@ __device__ __forceinline__ uint4 peek(const uint32_t* from) {
                  : "memory");
     return v;
 }
+// Where v is not complete yet. Polls of many words at once: no load waits for another's result.
+__device__ __forceinline__ void peek_missing(uint4& v, const uint32_t* from) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n@p ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];\n}"
+                 : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+                 : "l"(from), "r"(uint32_t(!complete(v)))
+                 : "memory");
+}
 __device__ __forceinline__ uint32_t peek_word(const uint32_t* from) {
     uint32_t x;
     asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
@@ -42,7 +50,6 @@ __device__ __forceinline__ uint32_t peek_word(const uint32_t* from) {
 }
 // A float as a word that is never 0.
 __device__ __forceinline__ uint32_t nonzero_bits(float x) { return x == 0.f ? 0x80000000u : __float_as_uint(x); }
-__device__ __forceinline__ bool complete(const uint4& v) { return v.x != 0 && v.y != 0 && v.z != 0 && v.w != 0; }
 
 // Which block of which team this is: blocks of a team are neighbours.
 struct TeamPlace {

@@ -83,7 +83,7 @@ __device__ __forceinline__ void decode_by_team(const FusedParams& p, const int s
         int first_blocks[kTilesAhead][2], blocks[2];
 #pragma unroll
         for (int i = 0; i < kTilesAhead; ++i) blocks_at(first_blocks[i], i, table.max_pages);
-        table.template prefetch<kLists>();
+        if constexpr (!kLists) table.prefetch();
         // Until the query is here, the memory may as well bring the next tile near.
         if (kLists && guess[kTilesAhead][0] >= 0) Tile::prefetch(source_of(guess[kTilesAhead], kTilesAhead));
         row_lengths.take(asked, p, table);
@@ -108,7 +108,7 @@ __device__ __forceinline__ void decode_by_team(const FusedParams& p, const int s
             WarpKeys mine{reinterpret_cast<uint32_t*>(warp_out) + warp * capacity, 0, {deal.warp, deal.num_warps}};
             // The next launch reads its first bounds while this one's blocks meet and the memory rests: best asked for
             // after the last of this one's own. It takes a microsecond to get there.
-            const bool starts_early = kLists ? size < kMaxTeam : !Tile::kNarrow;
+            const bool starts_early = kLists ? size < kMaxTeam : !Tile::kNarrow || deal.first(1) >= num_pages;
             int tile = 0;
             while (deal.first(tile) < num_pages) {
 #pragma unroll
@@ -121,7 +121,7 @@ __device__ __forceinline__ void decode_by_team(const FusedParams& p, const int s
                     blocks_at(blocks, next + 1, num_pages - 1);
                     float c[4];
                     tiles[i].multiply(
-                        c, [&](int chunk) { return query.to_score(chunk); },
+                        c, QueryParts<T>(p.metadata.points), [&](int chunk) { return query.to_score(chunk); },
                         [&](int part) {
                             if (has_next) tiles[i].load_part(source, part);
                             __syncwarp();  // in this order: ptxas would ask late
@@ -138,10 +138,11 @@ __device__ __forceinline__ void decode_by_team(const FusedParams& p, const int s
                                                                                           : key;
                         mine.tiles = tile + 1;
                     }
-                    if (t < 2 && page < num_pages) {
-                        if constexpr (!kLists) publish(space.keys + page, key);
-                        if (key > best_key) best_key = key, best_page = page;
+                    if constexpr (!kLists) {  // words are read by four
+                        if (t < 2 && page < (num_pages + 3) / 4 * 4)
+                            publish(space.keys + page, page < num_pages ? key : 1);
                     }
+                    if (t < 2 && page < num_pages && key > best_key) best_key = key, best_page = page;
                     ++tile;
                 }
             }
@@ -187,7 +188,7 @@ __device__ __forceinline__ void decode_by_team(const FusedParams& p, const int s
         if (!alone) let_successor_start();
         const auto asked_query = query.ask(query_from);
         const int asked = *length_from;
-        table.template prefetch<false>();
+        table.prefetch();
         row_lengths.take(asked, p, table);
         kept = num_pages;
         query.keep(asked_query);
@@ -253,7 +254,7 @@ __device__ __forceinline__ void decode_by_team(const FusedParams& p, const int s
     // The first warp has seen a part of every block, so all have read the keys.
     if (kScores && kept < num_pages && warp == 0) {
         const bool lists = kLists && kept <= kShortlistEntries / 2;
-        clear_exchange(mine, again.rank, size_log2, listed ? 0 : num_pages, lists);
+        clear_exchange(mine, again.rank, size_log2, listed ? 0 : (num_pages + 3) / 4 * 4, lists);
     }
 }
 

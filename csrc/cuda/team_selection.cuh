@@ -12,27 +12,67 @@ constexpr int kKeysAtOnce = 4 * kTeamThreads;  // a chunk
 // This thread's keys: four of every 1,024, of pages one after the other or, listed, of a shortlist's entries.
 template <int kChunks, bool kListed>
 struct TeamKeys {
-    uint32_t key[kChunks][4], listed_page[kListed ? kChunks : 1][4];
+    static constexpr int kKeys = 4 * kChunks;
+    uint32_t key[kKeys], listed_page[kListed ? kKeys : 1];
 
     static __device__ constexpr uint32_t max_pages() { return kListed ? kMaxFusedPages : kChunks * kKeysAtOnce; }
-    __device__ __forceinline__ uint32_t page(int c, int j) const {
-        return kListed ? listed_page[c][j] : c * kKeysAtOnce + threadIdx.x * 4 + j;
-    }
+    static __device__ __forceinline__ int place(int i) { return i / 4 * kKeysAtOnce + threadIdx.x * 4 + i % 4; }
+    // i: known to the compiler.
+    __device__ __forceinline__ uint32_t page(int i) const { return kListed ? listed_page[i] : place(i); }
     template <class F>
     __device__ __forceinline__ void for_each(F&& f) const {
 #pragma unroll
-        for (int c = 0; c < kChunks; ++c)
-#pragma unroll
-            for (int j = 0; j < 4; ++j) f(key[c][j], page(c, j));
+        for (int i = 0; i < kKeys; ++i) f(key[i], page(i));
     }
     __device__ void order_equals(uint32_t equal) {
 #pragma unroll
-        for (int c = 0; c < kChunks; ++c)
+        for (int i = 0; i < kKeys; ++i)
+            key[i] = key[i] > equal ? kForcedKey : key[i] == equal ? max_pages() - page(i) : 0;
+    }
+
+    // Few of a thread's keys belong to a selection: finding these takes no branches, and no time is spent on others.
+    __device__ __forceinline__ unsigned count_above(uint32_t limit) const {
+        return __popc(marks([&](uint32_t k) { return k > limit; }));
+    }
+    template <class F>
+    __device__ __forceinline__ void for_each_above(uint32_t limit, F&& f) const {
+        for_each_marked(marks([&](uint32_t k) { return k > limit; }), [&](int i) { f(page_at(i)); });
+    }
+    template <class F>
+    __device__ __forceinline__ void for_each_held(const Bracket& bracket, F&& f) const {
+        for_each_marked(marks([&](uint32_t k) { return bracket.holds(k); }),
+                        [&](int i) { f(pick(key, i), page_at(i)); });
+    }
+
+private:
+    template <class F>
+    __device__ __forceinline__ uint32_t marks(F&& f) const {
+        uint32_t bits = 0;
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                uint32_t& x = key[c][j];
-                x = x > equal ? kForcedKey : x == equal ? max_pages() - page(c, j) : 0;
-            }
+        for (int i = 0; i < kKeys; ++i) bits |= f(key[i]) ? 1u << i : 0u;
+        return bits;
+    }
+    template <class F>
+    static __device__ __forceinline__ void for_each_marked(uint32_t bits, F&& f) {
+#pragma unroll 1
+        for (; bits != 0; bits &= bits - 1) f(__ffs(bits) - 1);
+    }
+    // Registers have no addresses.
+    static __device__ __forceinline__ uint32_t pick(const uint32_t (&from)[kKeys], int i) {
+        uint32_t x[kKeys];
+#pragma unroll
+        for (int k = 0; k < kKeys; ++k) x[k] = from[k];
+#pragma unroll
+        for (int half = kKeys / 2; half > 0; half /= 2)
+#pragma unroll
+            for (int k = 0; k < half; ++k) x[k] = i & half ? x[k + half] : x[k];
+        return x[0];
+    }
+    __device__ __forceinline__ uint32_t page_at(int i) const {
+        if constexpr (kListed)
+            return pick(listed_page, i);
+        else
+            return place(i);
     }
 };
 
@@ -53,29 +93,17 @@ __device__ __forceinline__ void list_pages(const ChosenPages& chosen, const Keys
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const bool whole = bracket.count == bracket.wanted;
     const uint32_t above = whole ? bracket.low - 1 : bracket.limit;
-    unsigned count = 0;
-    bool holds_any = false;
-    keys.for_each([&](uint32_t key, int) {
-        count += __popc(__ballot_sync(kAllLanes, key > above));
-        holds_any |= bracket.holds(key);
-    });
-    if (lane == 0) select.shared.counts[warp] = count;
-    if (!whole && holds_any)
-        keys.for_each([&](uint32_t key, int page) {
-            if (bracket.holds(key)) select.offer(key, page);
-        });
+    const unsigned count = keys.count_above(above);
+    if (!whole) keys.for_each_held(bracket, [&](uint32_t key, uint32_t page) { select.offer(key, page); });
+    const unsigned inclusive = warp_inclusive_sum(count);
+    if (lane == kWarp - 1) select.shared.counts[warp] = inclusive;
     __syncthreads();
-    unsigned number = __reduce_add_sync(kAllLanes, lane < warp ? select.shared.counts[lane] : 0);
-    keys.for_each([&](uint32_t key, int page) {
-        const unsigned bits = __ballot_sync(kAllLanes, key > above);
-        if (key > above) chosen.put(number + __popc(bits & ((1u << lane) - 1)), page);
-        number += __popc(bits);
-    });
-    if (!whole && warp == 0) {
-        uint2 candidate;
-        const uint32_t better = select.rank_candidate(bracket, &candidate);
-        if (better < bracket.wanted) chosen.put(kept - bracket.wanted + better, candidate.y);
-    }
+    unsigned number = inclusive - count + __reduce_add_sync(kAllLanes, lane < warp ? select.shared.counts[lane] : 0);
+    keys.for_each_above(above, [&](uint32_t page) { chosen.put(number++, page); });
+    if (!whole)
+        select.template rank_candidates<kTeamWarps>(bracket, warp, [&](const uint2& candidate, uint32_t better) {
+            if (lane == 0 && better < bracket.wanted) chosen.put(kept - bracket.wanted + better, candidate.y);
+        });
     __syncthreads();
 }
 
@@ -98,38 +126,34 @@ __device__ __forceinline__ void select_pages(const ChosenPages& chosen, const Te
     TeamKeys<kChunks, false> keys;
     // Where a lane's part of the sample lies; where few pages compete, all of them are looked at instead.
     const int competing = last - first, sample = (first + lane * (competing / kWarp)) / 4 * 4;
-    // A page that does not exist has the key 1. Whoever has a key has it for good.
+    uint4 sampled = competing >= 4 * kWarp ? uint4{} : uint4{1, 1, 1, 1}, v[kChunks];
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) keys.key[c][j] = int(keys.page(c, j)) < num_pages ? 0 : 1;
-    uint4 s;
+    for (int c = 0; c < kChunks; ++c) v[c] = keys.place(4 * c) < num_pages ? uint4{} : uint4{1, 1, 1, 1};
     bool pending;
-    do {  // all loads, then the tests: polling one by one would serialise the round trips
-        s = peek(space.keys + sample);
+    do {  // all loads, then the tests: one by one they would wait for each other
+        peek_missing(sampled, space.keys + sample);
 #pragma unroll
-        for (int c = 0; c < kChunks; ++c) {
-            uint32_t (&key)[4] = keys.key[c];
-            if (complete({key[0], key[1], key[2], key[3]})) continue;
-            const uint4 v = peek(space.keys + keys.page(c, 0));
-            key[0] |= v.x, key[1] |= v.y, key[2] |= v.z, key[3] |= v.w;
-        }
-        pending = competing >= 4 * kWarp && !complete(s);
-        keys.for_each([&](uint32_t key, int) { pending |= key == 0; });
+        for (int c = 0; c < kChunks; ++c) peek_missing(v[c], space.keys + keys.place(4 * c));
+        pending = !complete(sampled);
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) pending |= !complete(v[c]);
     } while (pending);
     mark_phase(3);
 
     // Pages that compete are most; the others are few and at the ends.
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
-        const int page = keys.page(c, 0);
+        uint32_t* key = keys.key + 4 * c;
+        key[0] = v[c].x, key[1] = v[c].y, key[2] = v[c].z, key[3] = v[c].w;
+        const int page = keys.place(4 * c);
         if (page >= first && page + 4 <= last) continue;
 #pragma unroll
         for (int j = 0; j < 4; ++j)
-            if (page + j < first || (page + j >= last && page + j < num_pages)) keys.key[c][j] = kForcedKey;
+            if (page + j < first || (page + j >= last && page + j < num_pages)) key[j] = kForcedKey;
     }
     const uint2 range = competing >= 4 * kWarp
-                            ? sampled_range(min(min(s.x, s.y), min(s.z, s.w)), max(max(s.x, s.y), max(s.z, s.w)),
+                            ? sampled_range(min(min(sampled.x, sampled.y), min(sampled.z, sampled.w)),
+                                            max(max(sampled.x, sampled.y), max(sampled.z, sampled.w)),
                                             kept - num_pages + competing, competing)
                             : select.true_range(keys);
     const Bracket bracket = select.bracket(keys, range, kept);

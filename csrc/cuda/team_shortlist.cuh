@@ -93,22 +93,17 @@ __device__ __forceinline__ bool select_listed(const ChosenPages& chosen, const T
         sample[1] = peek(space.entries + lane * (2 * kShortlistEntries / kWarp) + 4);
         pending = !complete(bounds) || !complete(sample[0]) || !complete(sample[1]);
 #pragma unroll
-        for (int c = 0; c < kShortlistChunks; ++c)
-#pragma unroll
-            for (int j = 0; j < 4; j += 2) {
-                const uint4 v = peek(space.entries + 2 * (c * kKeysAtOnce + threadIdx.x * 4 + j));
-                keys.key[c][j] = v.x, keys.listed_page[c][j] = v.y, keys.key[c][j + 1] = v.z,
-                keys.listed_page[c][j + 1] = v.w;
-                pending |= !complete(v);
-            }
+        for (int i = 0; i < keys.kKeys; i += 2) {
+            const uint4 v = peek(space.entries + 2 * keys.place(i));
+            keys.key[i] = v.x, keys.listed_page[i] = v.y, keys.key[i + 1] = v.z, keys.listed_page[i + 1] = v.w;
+            pending |= !complete(v);
+        }
     } while (pending);
     mark_phase(3);
     const uint32_t bound = __reduce_max_sync(kAllLanes, max(max(bounds.x, bounds.y), max(bounds.z, bounds.w)));
     if (bound == kForcedKey) return false;
 #pragma unroll
-    for (int c = 0; c < kShortlistChunks; ++c)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) --keys.listed_page[c][j];
+    for (int i = 0; i < keys.kKeys; ++i) --keys.listed_page[i];
     uint32_t lowest = kNanKey, highest = 2;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -148,6 +143,23 @@ struct PublishedKeys {
         }
     }
     __device__ void order_equals(uint32_t key) { equal = key; }
+    __device__ unsigned count_above(uint32_t limit) const {
+        unsigned count = 0;
+        for_each([&](uint32_t key, int) { count += key > limit; });
+        return count;
+    }
+    template <class F>
+    __device__ __forceinline__ void for_each_above(uint32_t limit, F&& f) const {
+        for_each([&](uint32_t key, int page) {
+            if (key > limit) f(page);
+        });
+    }
+    template <class F>
+    __device__ __forceinline__ void for_each_held(const Bracket& bracket, F&& f) const {
+        for_each([&](uint32_t key, int page) {
+            if (bracket.holds(key)) f(key, page);
+        });
+    }
 };
 
 // Selects from the keys of all pages, which every warp has published by now. Not inline: seldom needed.

@@ -129,23 +129,34 @@ struct BlockSelect {
     }
 
     // Each thread offers its keys that the bracket holds; where all of them are kept, none is to be offered.
-    __device__ __forceinline__ void offer(uint32_t key, int page) {
-        shared.candidates[atomicAdd(&shared.num_candidates, 1u)] = {key, uint32_t(page)};
+    __device__ __forceinline__ void offer(uint32_t key, uint32_t page) {
+        uint32_t at;  // few lanes have one: nvcc's atomicAdd would first count them
+        asm volatile("atom.shared.add.u32 %0, [%1], 1;"
+                     : "=r"(at)
+                     : "r"(uint32_t(__cvta_generic_to_shared(&shared.num_candidates)))
+                     : "memory");
+        shared.candidates[at] = {key, page};
     }
 
-    // After a barrier, where candidates were offered: this lane's, and how many are better. The first `wanted` are
-    // kept.
-    __device__ __forceinline__ uint32_t rank_candidate(const Bracket& bracket, uint2* candidate) const {
+    // After a barrier, where candidates were offered: f(candidate, how many are better) of every kStep-th from `first`
+    // on, for a whole warp. The first `wanted` are kept.
+    template <int kStep, class F>
+    __device__ __forceinline__ void rank_candidates(const Bracket& bracket, uint32_t first, F&& f) const {
+        constexpr int kAtOnce = 4;
         const uint32_t lane = threadIdx.x % kWarp;
-        *candidate = shared.candidates[lane];
-        uint32_t better = 0;
+        const uint2 mine = shared.candidates[lane];
 #pragma unroll 1
-        for (uint32_t i = 0; i < bracket.count; ++i) {
-            const uint32_t key = __shfl_sync(kAllLanes, candidate->x, i),
-                           page = __shfl_sync(kAllLanes, candidate->y, i);
-            better += key > candidate->x || (key == candidate->x && page < candidate->y);
+        for (uint32_t i = first; i < bracket.count; i += kAtOnce * kStep) {
+            uint2 candidate[kAtOnce];
+#pragma unroll
+            for (int k = 0; k < kAtOnce; ++k) candidate[k] = shared.candidates[i + k * kStep];
+#pragma unroll
+            for (int k = 0; k < kAtOnce; ++k) {
+                const bool better = mine.x > candidate[k].x || (mine.x == candidate[k].x && mine.y < candidate[k].y);
+                const uint32_t rank = __popc(__ballot_sync(kAllLanes, better && lane < bracket.count));
+                if (i + k * kStep < bracket.count) f(candidate[k], rank);
+            }
         }
-        return lane < bracket.count ? better : kForcedKey;
     }
 };
 

@@ -6,7 +6,8 @@
 namespace quest::cuda {
 
 template <class T, class M, int D>
-__global__ void __launch_bounds__(kWarp* kWarpsPerBlock) update_page_metadata_kernel(const UpdateParams p) {
+__global__ void __launch_bounds__(kWarp* kWarpsPerBlock, D <= 128 ? 6 : 4)
+    update_page_metadata_kernel(const UpdateParams p) {
     wait_for_predecessor();  // and no successor starts early: it might read bounds at once
 
     const int request = blockIdx.z, head = blockIdx.y, warp = threadIdx.x / kWarp, page_size = p.paging.page_size;
