@@ -12,8 +12,9 @@ operations compiled for each batch size; on the CPU it is plain calls, planning 
 --select-every N Quest chooses pages in every N-th step, for all sequences in the same one: the time is the mean of one
 step that chooses and N - 1 that do not (on a GPU of a graph of each kind).
 
---policy says what Quest's pages are: "default" those of QuestConfig, 8 tokens and mean -+ standard deviation in 8 bits;
-"minmax" 16 tokens, minimum and maximum in the cache's dtype, as in the paper; "minmax-8bit" these in 8 bits.
+--policy says what Quest's pages are: "default" those of QuestConfig, 8 tokens and two points of the keys in 8 bits;
+"minmax" 16 tokens, minimum and maximum in the cache's dtype, as in the paper; "minmax-8bit" these in 8 bits;
+"pages-of-32" is the default with these, for contexts of many budgets.
 
 - ms: a step; tokens/s: batch over it.
 - attention: the share of ms that a step without attention does not need; weights: that of its matrix products, logits
@@ -46,6 +47,7 @@ POLICIES = {
     "default": {},
     "minmax": {"page_size": 16, "bound": "minmax", "metadata_dtype": None},
     "minmax-8bit": {"page_size": 16, "bound": "minmax", "metadata_dtype": torch.float8_e4m3fn},
+    "pages-of-32": {"page_size": 32},
 }
 ATTENTIONS = tuple(figures.ATTENTIONS)
 CONTEXTS = tuple(1024 * k for k in (8, 16, 32, 64, 128))
@@ -90,7 +92,8 @@ def products(model: Llama, batch: int, compiled: bool) -> Callable[[], object]:
     }
     multiply = torch.nn.Module.__call__
     if compiled and any(isinstance(layer, (torch.nn.Linear, Int8Linear)) for layer in layers):
-        multiply = torch.compile(multiply, options=compile_options())  # their kernels for few rows come from there
+        options = compile_options(type(model.blocks[0].mlp.down))
+        multiply = torch.compile(multiply, options=options)  # their kernels for few rows come from there
     return lambda: [multiply(layer, inputs[layer.in_features]) for layer in layers]
 
 

@@ -404,7 +404,7 @@ def test_compiled_steps_give_the_tokens_of_eager_ones(model, backend, monkeypatc
     torch._dynamo.reset()
     frames = CompileCounterWithBackend(backend)
     parts = tuple(torch.compile(part, backend=frames, fullgraph=True) for part in PARTS)
-    monkeypatch.setattr("quest_ops.llama.model.compiled_parts", lambda: parts)
+    monkeypatch.setattr("quest_ops.llama.model.compiled_parts", lambda linear: parts)
     for attention in ("quest", "dense"):
         for lengths in ((90,), (60, 7, 90), (90, 30)):  # from dense steps into Quest steps while it runs
             prompts = random_prompts(*lengths)
