@@ -14,6 +14,7 @@ from quest_ops.config import QuestConfig
 
 from .config import LlamaConfig
 from .humming_linear import humming_takes
+from .linear import Linear
 from .packed_int4 import PACKED
 from .quantized import QUANTIZED, Int8Linear, check_weights, low_bit_linear, round_linears, take_packed
 from .rope import RotaryEmbedding, rotate
@@ -47,8 +48,8 @@ class Attention(nn.Module):
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
         width = (self.heads + 2 * self.kv_heads) * self.head_dim
-        self.qkv = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
-        self.o = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=output_bias)
+        self.qkv = Linear(config.hidden_size, width, bias=config.attention_bias)
+        self.o = Linear(self.heads * self.head_dim, config.hidden_size, bias=output_bias)
         # One row a query or key head, though heads of a kind share theirs: so one product norms them all.
         self.qk_norm = nn.Parameter(torch.empty(self.heads + self.kv_heads, self.head_dim)) if config.qk_norm else None
 
@@ -63,8 +64,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, -1)
@@ -108,7 +109,7 @@ class Llama(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, output_bias) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rope = RotaryEmbedding(config)
 
     def forward(
@@ -259,7 +260,7 @@ def compile_options(linear: type) -> dict[str, object]:
     options = {}
     if hasattr(config.triton, "enable_pdl"):  # each kernel starts while the one before it ends: 4% less a step
         options["triton.enable_pdl"] = True
-    if linear in (nn.Linear, Int8Linear):
+    if linear in (Linear, Int8Linear):
         # Products by 16-bit weights: 7% less a step of one row of Llama-2-7B on an H100, 2% of eight rows, for 10 to 30
         # seconds more at first; without a word. Other products are not torch's kernels, and what is left takes a few
         # microseconds, which tuning cannot tell apart: a norm of 2.4 us then took 1.5 to 12.
@@ -268,12 +269,12 @@ def compile_options(linear: type) -> dict[str, object]:
 
 
 def default_dtype(device: str | torch.device) -> torch.dtype:
-    """bfloat16 on a GPU and on a CPU with AVX-512 bfloat16 instructions, else float32."""
+    """bfloat16 on a GPU and on a CPU with AVX2 or AVX-512, else float32."""
     # Milliseconds in the linear layers of SmolLM2-135M for 512 tokens and for one (torch 2.13, 2 cores of an AMD EPYC
-    # with avx512_bf16): bfloat16 111 and 10, float32 507 and 28, float16 1978 and 6.
+    # with avx512_bf16): bfloat16 111 and 10, float32 507 and 28, float16 1978 and 6. With AVX2: see `linear`.
     if torch.device(device).type != "cpu":
         return torch.bfloat16
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+    return torch.bfloat16 if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") else torch.float32
 
 
 def _fuse(model: Llama, weights: dict[str, Tensor]) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:

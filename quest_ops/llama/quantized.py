@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .humming_linear import MOST_ZERO_POINT, HummingLinear, humming_takes
+from .linear import multiply
 from .packed_int4 import PACKED, Int4Packing
 
 # Up to so many rows, products with low-bit weights beat those with expanded ones.
@@ -46,7 +47,7 @@ class Int8Linear(nn.Module):
         elif few and torch.compiler.is_compiling():  # one kernel that reads the weights once, in 8 bits
             out = torch.stack([(self.weight * row.float()).sum(1) for row in x]) * self.scales
         else:
-            out = F.linear(x, self.weight.to(x.dtype)) * self.scales
+            out = multiply(x, self.weight.to(x.dtype)) * self.scales
         out = out.to(x.dtype)
         return out if self.bias is None else out + self.bias
 

@@ -1,0 +1,45 @@
+"""Products of the decoder's layers on a CPU with and without instructions for bfloat16."""
+
+import pytest
+import torch
+
+from quest_ops.llama import linear
+from quest_ops.llama.model import default_dtype
+
+
+@pytest.mark.parametrize("multiplies_bfloat16", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_product_is_the_nearest_to_float64s(dtype, multiplies_bfloat16, monkeypatch):
+    monkeypatch.setattr(linear, "MULTIPLIES_BFLOAT16", multiplies_bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    for bias in (False, True):
+        layer = linear.Linear(96, 40, bias=bias, dtype=dtype)
+        for rows in (0, 1, linear.ROWS, linear.ROWS + 1, 33):
+            x = torch.randn(rows, 96, generator=generator).to(dtype)
+            with torch.inference_mode():
+                out = layer(x)
+                exact = torch.nn.functional.linear(x.double(), *(p.double() for p in layer.parameters()))
+            assert out.dtype == dtype and out.shape == (rows, 40)
+            rounding = torch.finfo(dtype).eps / 2 * 1.01
+            assert ((out - exact).abs() <= rounding * exact.abs() + 1e-5).all()
+
+
+def test_rows_are_expanded_only_without_instructions(monkeypatch):
+    """What is called with float32 weights tells: in bfloat16 nothing is, where the CPU can multiply it."""
+    called = []
+    product = torch.nn.functional.linear
+    monkeypatch.setattr(linear.F, "linear", lambda x, *rest: called.append(x.dtype) or product(x, *rest))
+    layer = linear.Linear(32, 32, dtype=torch.bfloat16)
+    for multiplies_bfloat16, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(linear, "MULTIPLIES_BFLOAT16", multiplies_bfloat16)
+        called.clear()
+        for rows in (linear.ROWS, linear.ROWS + 1):
+            layer(torch.zeros(rows, 32, dtype=torch.bfloat16))
+        assert called == [torch.bfloat16, expected]
+
+
+@pytest.mark.parametrize("capability", ["DEFAULT", "AVX2", "AVX512"])
+def test_default_dtype_is_what_the_cpu_reads_fastest(capability, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert default_dtype("cpu") == (torch.float32 if capability == "DEFAULT" else torch.bfloat16)
+    assert default_dtype("cuda") == torch.bfloat16
