@@ -237,7 +237,7 @@ def parse() -> argparse.Namespace:
     which.add_argument("--checkpoint", help="a Hugging Face folder or hub id, or a .gguf file")
     parser.add_argument("--context", nargs="+", type=record.positive, metavar="TOKENS", help="default: 8K to 128K")
     parser.add_argument("--batch", nargs="+", type=record.positive, default=[1], metavar="SEQUENCES")
-    parser.add_argument("--weights", choices=WEIGHTS, help="default: bf16; on a CPU without its instructions fp32")
+    parser.add_argument("--weights", choices=WEIGHTS, help="default: bf16; on a CPU without AVX2 fp32")
     parser.add_argument("--attention", nargs="+", choices=ATTENTIONS, help="default: all that run here")
     parser.add_argument("--budget", type=record.positive, metavar="TOKENS", help="of Quest; default: 2048")
     parser.add_argument(
