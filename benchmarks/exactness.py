@@ -54,10 +54,7 @@ def is_tie(layers: Layers, i: int, pages: Pages, row: int, head: int, lost: Tens
     def of(numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         bounds = layers.metadata(pages)[i][layers.table[row, numbers // parts].long(), head, numbers % parts].double()
         lo, hi = bounds.unbind(1)
-        if pages.bound == "principal":
-            scores = torch.maximum(query @ hi.T, query @ lo.T)
-        else:
-            scores = query.clamp(min=0) @ hi.T + query.clamp(max=0) @ lo.T
+        scores = reference.scores_of_pages(query, lo, hi, pages.bound)
         return bounds, scores.amax(0), (query.abs() @ bounds.abs().amax(1).T).amax(0)
 
     (bounds, score, size), (other_bounds, other_score, other_size) = of(lost), of(gained)

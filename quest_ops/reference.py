@@ -101,15 +101,19 @@ def estimate_page_scores(
         for h in range(kv_heads):
             lo, hi = bounds[:, h, 0], bounds[:, h, 1]
             q = grouped[r, h]
-            if bound == "principal":
-                of_group = torch.maximum(q @ hi.T, q @ lo.T)  # [G, num_pages]
-            else:
-                of_group = q.clamp(min=0) @ hi.T + q.clamp(max=0) @ lo.T
+            of_group = scores_of_pages(q, lo, hi, bound)  # [G, num_pages]
             if head_reduction == "none":
                 scores[r, h * len(q) : (h + 1) * len(q), :num_pages] = of_group
             else:
                 scores[r, h, :num_pages] = of_group.amax(0) if head_reduction == "max" else of_group.mean(0)
     return scores
+
+
+def scores_of_pages(query: Tensor, lo: Tensor, hi: Tensor, bound: str) -> Tensor:
+    """Scores [G, n] of query heads [G, D] and pages of metadata lo, hi [n, D]."""
+    if bound == "principal":
+        return torch.maximum(query @ hi.T, query @ lo.T)
+    return query.clamp(min=0) @ hi.T + query.clamp(max=0) @ lo.T
 
 
 def select_topk_pages(
@@ -313,14 +317,15 @@ def _store_bounds(bounds: Tensor, keys: Tensor, bound: str, bound_scale: float) 
         count = torch.full_like(keys[0], len(keys))  # a tensor: on a GPU torch multiplies by a number's reciprocal
         mean = _sum_in_order(keys) / count
         deviation = keys - mean
-        if bound == "cuboid":
-            radius = bound_scale * (_sum_in_order(deviation.abs()) / count)
-        elif bound == "principal":
+        if bound == "principal":
             below, above = _principal_deviations(deviation, bound_scale)
+        elif bound == "cuboid":
+            above = bound_scale * (_sum_in_order(deviation.abs()) / count)
+            below = -above
         else:
-            variance = _sum_in_order(deviation * deviation) / count
-            radius = bound_scale * variance.double().sqrt().to(keys.dtype)  # torch's float32 root is not the nearest
-        lo, hi = (mean + below, mean + above) if bound == "principal" else (mean - radius, mean + radius)
+            above = bound_scale * _nearest_root(_sum_in_order(deviation * deviation) / count)
+            below = -above
+        lo, hi = mean + below, mean + above
     # Which of -0 and +0 a min returns depends on the order of the keys: adding +0 leaves one answer.
     lo, hi = lo + 0.0, hi + 0.0
     if bounds.dtype == _FP8 and bound == "minmax":
@@ -340,25 +345,25 @@ def _principal_deviations(deviation: Tensor, scale: float) -> tuple[Tensor, Tens
             products = products[..., ::2] + products[..., 1::2]
         return products
 
-    def root(x: Tensor) -> Tensor:
-        return x.double().sqrt().to(x.dtype)  # torch's float32 root is not the nearest
-
     squares = dot(deviation, deviation)
     farthest = squares.argmax(0, keepdim=True)  # the first of them
     square = squares.gather(0, farthest)[0]
     start = deviation.gather(0, farthest.expand_as(deviation[:1]))
-    length, deviates = root(square), square >= torch.finfo(torch.float32).tiny
+    length, deviates = _nearest_root(square), square >= torch.finfo(torch.float32).tiny
     axis = _sum_in_order(dot(deviation, start) * torch.where(deviates, 1 / square, 0) * deviation)
     axis_square = dot(axis, axis)
-    axis = axis * torch.where(axis_square > 0, 1 / root(axis_square), 0)
+    axis = axis * torch.where(axis_square > 0, 1 / _nearest_root(axis_square), 0)
     along = dot(deviation, axis) * torch.where(deviates, 1 / length, 0)
     fourth = (along * along) * (along * along)
     count = torch.full_like(length, len(deviation))
     reach = torch.tensor(scale, dtype=length.dtype) * length
-    below, above = (
-        reach * root(root(_sum_in_order(torch.where(side, fourth, 0)) / count)) for side in (~(along > 0), along > 0)
-    )
+    fourths = (_sum_in_order(torch.where(side, fourth, 0)) / count for side in (~(along > 0), along > 0))
+    below, above = (reach * _nearest_root(_nearest_root(x)) for x in fourths)
     return -below * axis, above * axis
+
+
+def _nearest_root(x: Tensor) -> Tensor:
+    return x.double().sqrt().to(x.dtype)  # torch's float32 root is not the nearest
 
 
 def _sum_in_order(x: Tensor) -> Tensor:

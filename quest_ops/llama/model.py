@@ -14,7 +14,7 @@ from quest_ops.config import QuestConfig
 
 from .config import LlamaConfig
 from .humming_linear import humming_takes
-from .linear import Linear
+from .linear import Linear, has_x86_vectors
 from .packed_int4 import PACKED
 from .quantized import QUANTIZED, Int8Linear, check_weights, low_bit_linear, round_linears, take_packed
 from .rope import RotaryEmbedding, rotate
@@ -274,7 +274,7 @@ def default_dtype(device: str | torch.device) -> torch.dtype:
     # with avx512_bf16): bfloat16 111 and 10, float32 507 and 28, float16 1978 and 6. With AVX2: see `linear`.
     if torch.device(device).type != "cpu":
         return torch.bfloat16
-    return torch.bfloat16 if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") else torch.float32
+    return torch.bfloat16 if has_x86_vectors() else torch.float32
 
 
 def _fuse(model: Llama, weights: dict[str, Tensor]) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
