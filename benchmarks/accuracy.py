@@ -70,7 +70,7 @@ def compared(policies: list[Policy], budgets: list[int], files: list[Path]) -> l
         pairs.append((policy, budget))
     for policy, budget in pairs:
         policy.config(budget)
-    return sorted(pairs, key=lambda pair: (pair[0].page_size, pair[0].eight_bit), reverse=True)
+    return sorted(pairs, key=lambda pair: (pair[0].page_size, pair[0].metadata_bits), reverse=True)
 
 
 def parse() -> argparse.Namespace:

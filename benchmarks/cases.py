@@ -9,6 +9,7 @@ import torch
 from timing import after_reading_us, graph_us, wall_us
 
 import quest_ops
+from quest_ops.config import metadata_shape, metadata_size
 
 HEAD_DIM = 128
 SINK_TOKENS, RECENT_TOKENS = 16, 64  # QuestConfig's defaults
@@ -16,10 +17,11 @@ SINK_TOKENS, RECENT_TOKENS = 16, 64  # QuestConfig's defaults
 
 @dataclass(frozen=True)
 class Pages:
-    """How Quest divides the blocks of a pool: tokens a page, which bounds, and these in 8 bits or the cache's dtype."""
+    """How Quest divides the blocks of a pool: tokens a page, bits of a number of its bounds (None: those of the cache's
+    dtype), and which bounds."""
 
     size: int = 16
-    eight_bit: bool = False
+    bits: int | None = None
     bound: str = "minmax"
 
     @property
@@ -31,8 +33,16 @@ class Pages:
         return math.ceil(RECENT_TOKENS / self.size)
 
 
-DEFAULT_PAGES = Pages(8, eight_bit=True, bound="principal")  # as many bytes as pages of 16 in 16 bits
-MAIN_PAGES = (Pages(16), Pages(16, eight_bit=True), DEFAULT_PAGES)
+DEFAULT_PAGES = Pages(8, 4, "principal")
+PAGES = {
+    "pages of 16": Pages(16),
+    "pages of 16, 8-bit": Pages(16, 8),
+    "pages of 8, 8-bit": Pages(8, 8, "principal"),  # as many bytes as pages of 16 in 16 bits
+    "pages of 8, 4-bit": DEFAULT_PAGES,
+    "pages of 4, 4-bit": Pages(4, 4, "principal"),
+    "pages of 16, 4-bit": Pages(16, 4, "principal"),
+}
+MAIN_PAGES = tuple(PAGES.values())[:5]
 
 
 @dataclass(frozen=True)
@@ -66,10 +76,10 @@ class Case:
         return [math.ceil(length / self.block_size) for length in self.lengths]
 
     def metadata_bits(self, pages: Pages) -> str:
-        return "8" if pages.eight_bit else str(8 * self.dtype.itemsize)
+        return str(pages.bits or 8 * self.dtype.itemsize)
 
     def metadata_dtype(self, pages: Pages) -> torch.dtype:
-        return torch.float8_e4m3fn if pages.eight_bit else self.dtype
+        return {8: torch.float8_e4m3fn, 4: torch.uint8, None: self.dtype}[pages.bits]
 
 
 def counted_bytes(case: Case, path: str, pages: Pages) -> int:
@@ -80,7 +90,7 @@ def counted_bytes(case: Case, path: str, pages: Pages) -> int:
     """
     element, heads, page_budget = case.dtype.itemsize, case.kv_heads, case.budget // pages.size
     vector = heads * case.head_dim * element
-    bounds = 2 * heads * case.head_dim * case.metadata_dtype(pages).itemsize  # of a page
+    bounds = int(2 * heads * case.head_dim * metadata_size(case.metadata_dtype(pages)))  # of a page
     query = case.batch * case.query_heads * case.head_dim * element
     counts = [math.ceil(length / pages.size) for length in case.lengths]
     # The last page, always chosen, holds fewer tokens than the others where the length is no multiple of a page.
@@ -147,10 +157,11 @@ class Layers:
         return max(1, min(count, int(self.MOST_BYTES // layer_bytes)))
 
     def metadata(self, pages: Pages) -> list[torch.Tensor]:
-        """Of each layer, `[num_blocks, Hkv, M, 2, D]`."""
+        """Of each layer, `[num_blocks, Hkv, M, 2, D]`, in 4 bits `[num_blocks, Hkv, M, 9 * D / 8]`."""
         if pages not in self._metadata:
             case, parts = self.case, self.case.block_size // pages.size
-            shape, dtype = (sum(case.blocks), case.kv_heads, parts, 2, case.head_dim), case.metadata_dtype(pages)
+            dtype = case.metadata_dtype(pages)
+            shape = (sum(case.blocks), case.kv_heads, parts, *metadata_shape(dtype, case.head_dim))
             made = [torch.zeros(shape, device=pool.device, dtype=dtype) for pool in self.pools]
             starts = torch.zeros_like(self.lens)
             for k, metadata in zip(self.k, made):
@@ -238,7 +249,7 @@ EXTRA_CASES = [
     replace(_BASE, name="mha-32k-b1-bf16", dtype=torch.bfloat16, kv_heads=32),
     *(replace(_BASE, name=f"group{g}-32k-b1", query_heads=8 * g) for g in (1, 3, 4, 7, 8)),
     *(
-        replace(_BASE, name=f"gqa8-32k-b1-page{size}", block_size=size, pages=(Pages(size), Pages(size, True)))
+        replace(_BASE, name=f"gqa8-32k-b1-page{size}", block_size=size, pages=(Pages(size), Pages(size, 8)))
         for size in (32, 64)
     ),
     *(replace(_BASE, name=f"gqa8-32k-b1-budget{budget}", budget=budget) for budget in (512, 1024, 4096, 8192)),

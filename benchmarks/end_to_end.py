@@ -12,9 +12,9 @@ operations compiled for each batch size; on the CPU it is plain calls, planning 
 --select-every N Quest chooses pages in every N-th step, for all sequences in the same one: the time is the mean of one
 step that chooses and N - 1 that do not (on a GPU of a graph of each kind).
 
---policy says what Quest's pages are: "default" those of QuestConfig, 8 tokens and two points of the keys in 8 bits;
+--policy says what Quest's pages are: "default" those of QuestConfig, 8 tokens and two points of the keys in 4 bits;
 "minmax" 16 tokens, minimum and maximum in the cache's dtype, as in the paper; "minmax-8bit" these in 8 bits;
-"pages-of-32" is the default with these, for contexts of many budgets.
+"pages-of-4", "pages-of-16" and "pages-of-32" are the default with these, for contexts of few budgets or many.
 
 - ms: a step; tokens/s: batch over it.
 - attention: the share of ms that a step without attention does not need; weights: that of its matrix products, logits
@@ -47,8 +47,9 @@ POLICIES = {
     "default": {},
     "minmax": {"page_size": 16, "bound": "minmax", "metadata_dtype": None},
     "minmax-8bit": {"page_size": 16, "bound": "minmax", "metadata_dtype": torch.float8_e4m3fn},
-    "pages-of-32": {"page_size": 32},
+    **{f"pages-of-{size}": {"page_size": size} for size in (4, 16, 32)},
 }
+BITS = {torch.float8_e4m3fn: "8", torch.uint8: "4"}  # of metadata that is not in the cache's dtype
 ATTENTIONS = tuple(figures.ATTENTIONS)
 CONTEXTS = tuple(1024 * k for k in (8, 16, 32, 64, 128))
 QUICK_CONTEXTS = tuple(1024 * k for k in (2, 4, 8))
@@ -191,8 +192,9 @@ def times_of(model: Llama, batch: int, context: int, entries: list[Entry], compi
 
 
 def label(attention: str, quest: QuestConfig) -> str:
-    metadata = "8" if quest.metadata_dtype else ""
-    return figures.label(attention, metadata, len(quest.dense_layers), quest.select_every, quest.page_size)
+    return figures.label(
+        attention, BITS.get(quest.metadata_dtype, ""), len(quest.dense_layers), quest.select_every, quest.page_size
+    )
 
 
 def rows_of(model_name: str, weights: str, batch: int, context: int, times: dict) -> list[dict]:
@@ -205,7 +207,7 @@ def rows_of(model_name: str, weights: str, batch: int, context: int, times: dict
             "case": f"{model_name}-{context / 1024:.3g}k-b{batch}", "model": model_name, "context": context,
             "batch": batch, "weights": weights, "budget": quest.token_budget, "dense_layers": len(quest.dense_layers),
             "select_every": quest.select_every, "page_size": quest.page_size, "bound": quest.bound,
-            "metadata": "8" if quest.metadata_dtype else "32" if weights == "fp32" else "16", "attention": name,
+            "metadata": BITS.get(quest.metadata_dtype, "32" if weights == "fp32" else "16"), "attention": name,
             "ms": ms, "without_attention_ms": without, "products_ms": alone, "tokens_per_s": batch * 1e3 / ms,
             "attention_share": 1 - without / ms, "weights_share": alone / ms, "other_share": (without - alone) / ms,
             "peer": peer, "ratio": by_name[peer] / ms if peer else None,

@@ -22,7 +22,17 @@ LINES = {
         {"path": "quest", "metadata": "8", "page_size": 8},
         {"color": "tab:pink", "marker": "x"},
     ),
+    **{
+        f"quest, 4-bit metadata, pages of {size}": (
+            {"path": "quest", "metadata": "4", "page_size": size},
+            {"color": color, "marker": "x"},
+        )
+        for size, color in ((16, "tab:olive"), (8, "tab:gray"), (4, "black"))
+    },
 }
+NARROW = "8", "4"  # bits of metadata that is not in the cache's dtype
+# Of Quest's lines with such metadata, by its bits and the page size; others have ATTENTIONS' color.
+COLORS = {("8", 16): "tab:red", ("8", 8): "tab:pink", ("8", 32): "tab:pink", ("4", 8): "tab:gray", ("4", 4): "black"}
 # The attentions of end_to_end.py, in the order of the legend.
 ATTENTIONS = {"quest": "tab:blue", "dense": "tab:green", "flashinfer": "tab:orange", "sdpa": "tab:brown"}
 
@@ -31,7 +41,7 @@ def label(attention: str, metadata: str, dense_layers: int, select_every: int = 
     """What a row of end_to_end.py is called."""
     if attention != "quest":
         return attention
-    attention += ", 8-bit metadata" * (metadata == "8") + f", pages of {page_size}" * (page_size != 16)
+    attention += f", {metadata}-bit metadata" * (metadata in NARROW) + f", pages of {page_size}" * (page_size != 16)
     attention += f", {dense_layers} dense layers" * (dense_layers > 0)
     return attention + f", select every {select_every}" * (select_every > 1)
 
@@ -129,7 +139,7 @@ def _kernels(rows: list[dict]) -> list[tuple]:
 def _matches(row: dict, wanted: dict) -> bool:
     wide = wanted.get("wide", False)  # metadata in the cache's dtype
     return all(row[key] == value for key, value in wanted.items() if key != "wide") and not (
-        wide and row["metadata"] == "8"
+        wide and row["metadata"] in NARROW
     )
 
 
@@ -156,7 +166,7 @@ def _end_to_end(rows: list[dict]) -> list[tuple]:
         color, line, marker = ATTENTIONS[row["attention"]], "-", "o"
         if row["attention"] == "quest":
             every = row.get("select_every", 1)
-            color = color if row["metadata"] != "8" else "tab:red" if row.get("page_size", 16) == 16 else "tab:pink"
+            color = COLORS.get((row["metadata"], row.get("page_size", 16)), color)
             line = ":" if every > 1 else "--" if row["dense_layers"] else "-"
             marker = {1: "o", 2: "s", 4: "^"}.get(every, "x")
         return {"color": color, "marker": marker, "linestyle": line}

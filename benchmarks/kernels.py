@@ -15,12 +15,13 @@ with pages of a block and metadata in the cache's dtype.
 """
 
 import argparse
+from dataclasses import replace
 
 import peers
 import phases
 import record
 import torch
-from cases import CASES, EXTRA_CASES, QUICK_CASES, Case, Layers, Pages, counted_bytes
+from cases import CASES, EXTRA_CASES, PAGES, QUICK_CASES, Case, Layers, Pages, counted_bytes
 from timing import release_memory
 
 FLOOR_START_US, FLOOR_BYTES_PER_US = 2.3, 2.95e6
@@ -131,6 +132,10 @@ def main() -> None:
         "--case", action="append", choices=names, metavar="NAME", help="only this case; may be repeated"
     )
     parser.add_argument(
+        "--pages", action="append", choices=PAGES, metavar="NAME",
+        help=f"these instead of a case's own; may be repeated: {', '.join(PAGES)}",
+    )  # fmt: skip
+    parser.add_argument(
         "--phases", action="store_true", help="where the fused op spends its time instead; see phases.py"
     )
     record.add_arguments(parser)
@@ -147,6 +152,13 @@ def main() -> None:
             parser.error(
                 f"with --quick, --case takes {', '.join(case.name for case in QUICK_CASES)}; without, the others"
             )
+    if args.pages:
+        chosen = tuple(PAGES[name] for name in args.pages)
+        if wrong := [case.name for case in cases if any(case.block_size % pages.size for pages in chosen)]:
+            parser.error(f"--pages {', '.join(args.pages)} do not divide the blocks of {', '.join(wrong)}")
+        if wrong := [case.name for case in cases if any(case.block_size > 8 * pages.size for pages in chosen)]:
+            parser.error(f"--pages {', '.join(args.pages)}: more than 8 in a block of {', '.join(wrong)}")
+        cases = [replace(case, pages=chosen) for case in cases]
     device = "cpu" if args.quick else "cuda"
     if args.phases:
         try:
@@ -158,7 +170,7 @@ def main() -> None:
         what, rows = "microseconds a layer", []
         print(HEADER)
         for case in cases:
-            new = measure(case, device, public=case in CASES)
+            new = measure(case, device, public=case.name in {case.name for case in CASES})
             for row in new:
                 show(row)
             rows += new

@@ -33,6 +33,7 @@ from tasks import texts_of
 from torch import Tensor
 
 import quest_ops
+from quest_ops.config import metadata_shape
 from quest_ops.fidelity import compare
 from quest_ops.llama.model import Llama
 
@@ -66,8 +67,9 @@ class Context:
             pages = quest_ops.select_topk_pages(masses, self.seq_lens, size, config.page_budget, *choice)
             return self._attend(block, *pages, page_size=size)
         k_cache, v_cache, table = self._pools(block)
-        shape = len(k_cache), k_cache.size(2), block // size, 2, k_cache.size(3)
-        metadata = torch.zeros(shape, dtype=config.metadata_dtype or k_cache.dtype, device=k_cache.device)
+        dtype = config.metadata_dtype or k_cache.dtype
+        shape = len(k_cache), k_cache.size(2), block // size, *metadata_shape(dtype, k_cache.size(3))
+        metadata = torch.zeros(shape, dtype=dtype, device=k_cache.device)
         if not policy.recent_only:
             lengths = self.seq_lens.new_tensor([len(self.keys)])
             quest_ops.update_page_metadata(

@@ -24,7 +24,9 @@ PHASES = {
     "before": 1, "score": 2, "keys": 3, "threshold": 4, "list": 5, "attend": 6, "publish": 7, "parts": 8, "merge": 9,
 }  # fmt: skip
 CLOCKS_SHAPE = (264, 8, 10)  # blocks, warps, marks: phase_clocks in csrc/cuda/team.cuh, unsigned
-READERS = {"16": "quest_read_phase_clocks", "8": "quest_read_phase_clocks_8bit"}  # by the bits of the metadata
+READERS = {  # by the bits of the metadata
+    "16": "quest_read_phase_clocks", "8": "quest_read_phase_clocks_8bit", "4": "quest_read_phase_clocks_4bit",
+}  # fmt: skip
 
 
 class PhaseClocks:
@@ -40,7 +42,7 @@ class PhaseClocks:
     def read(self, bits: str) -> torch.Tensor:
         """[blocks, marks] int64 of each block's first warp; blocks that the launch did not have keep earlier clocks.
 
-        bits: "8" or "16", a number of the metadata that the launch had.
+        bits: "4", "8" or "16", of a number of the metadata that the launch had.
         """
         clocks = torch.zeros(CLOCKS_SHAPE, dtype=torch.uint32)
         error = getattr(self._library, READERS[bits])(ctypes.c_void_p(clocks.data_ptr()))

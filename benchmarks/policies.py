@@ -18,9 +18,11 @@ class Policy:
     """paper: no sink, one recent page, the first two layers dense; else one sink page and 64 recent tokens (32 where
     the budget is below 512). recent_only: the sink and the most recent pages, chosen without metadata. oracle: pages
     chosen by their true attention mass, which takes all keys: how well any choice of as many pages could do.
+    metadata_bits: of a number of it, 16 (those of the cache's dtype), 8 or 4.
     head_budgets: tokens of each layer and KV head, as many on average as the one budget that they are for.
     select_every: as of QuestConfig; above 1, decoding is one token of a sequence a step.
-    equal_bytes: what it reads less of metadata than the defaults it spends on a larger budget.
+    equal_bytes: 0, or the metadata_bytes of what it is compared with: what it reads less of it than that it spends on
+    a larger budget, and what it reads more on a smaller one.
     ratio: the budget grows with the context, by budget_ratio as of QuestConfig, which `over` finds.
     top_p: a row and KV head attends to the fewest pages whose masses, as the bounds have them, add up to p: of the sum
     over all pages of tokens * exp(bound). `forced.Documents.tuned` finds the p of an average budget."""
@@ -29,13 +31,13 @@ class Policy:
     bound: str = "minmax"
     bound_scale: float = 1.0
     page_size: int = 16
-    eight_bit: bool = False
+    metadata_bits: int = 16
     paper: bool = False
     recent_only: bool = False
     oracle: bool = False
     head_budgets: tuple[tuple[int, ...], ...] | None = None
     select_every: int = 1
-    equal_bytes: bool = False
+    equal_bytes: float = 0
     ratio: bool = False
     budget_ratio: float | None = None
     top_p: bool = False
@@ -59,10 +61,10 @@ class Policy:
         """Tokens that it may attend to after `context` ones, in whole pages, where the defaults have `budget`.
 
         With equal_bytes a step reads as many bytes: a page's metadata is two vectors, as K and V of a token are, so in
-        units of the latter that of all pages is context / 16 * metadata_bytes; BEST has 1 of these.
+        units of the latter that of all pages is context / 16 * metadata_bytes.
         """
         if self.equal_bytes:
-            budget += int(context / 16 * (BEST.metadata_bytes - self.metadata_bytes))
+            budget += int(context / 16 * (self.equal_bytes - self.metadata_bytes))
         return budget // self.page_size * self.page_size
 
     def config(self, budget: int) -> QuestConfig:
@@ -73,7 +75,7 @@ class Policy:
             "bound": self.bound,
             "bound_scale": self.bound_scale,
             "select_every": self.select_every,
-            "metadata_dtype": torch.float8_e4m3fn if self.eight_bit else None,
+            "metadata_dtype": {16: None, 8: torch.float8_e4m3fn, 4: torch.uint8}[self.metadata_bits],
             "head_budgets": self.head_budgets,
         }
         if self.paper:
@@ -90,10 +92,12 @@ class Policy:
         """Of a token, in units of the paper's: pages of 16, 16 bits a number. None: the oracle's are all keys."""
         if self.oracle:
             return None
-        return 0.0 if self.recent_only else 16 / self.page_size * (0.5 if self.eight_bit else 1.0)
+        share = {16: 1.0, 8: 0.5, 4: 9 / 32}[self.metadata_bits]  # in 4 bits with a scale for 32 numbers
+        return 0.0 if self.recent_only else 16 / self.page_size * share
 
 
-BEST = Policy("principal 1, pages of 8, 8-bit", bound="principal", page_size=8, eight_bit=True)
+BEST = Policy("principal 1, pages of 8, 4-bit", bound="principal", page_size=8, metadata_bits=4)
+EIGHT_BIT = replace(BEST, name="principal 1, pages of 8, 8-bit", metadata_bits=8)
 # Those of one cache layout stand together.
 POLICIES = (
     Policy("paper", paper=True),
@@ -102,23 +106,32 @@ POLICIES = (
     Policy("cuboid", bound="cuboid"),
     Policy("mean_std 1", bound="mean_std"),
     Policy("oracle", oracle=True),
-    Policy("minmax, pages of 8, 8-bit", page_size=8, eight_bit=True),
-    replace(BEST, name="mean_std 1, pages of 8, 8-bit", bound="mean_std"),
     BEST,
     *(replace(BEST, name=f"{BEST.name}, select every {n}", select_every=n) for n in (2, 4, 8)),
-    Policy("mean_std 1.5, pages of 8, 8-bit", bound="mean_std", bound_scale=1.5, page_size=8, eight_bit=True),
+    replace(BEST, name="principal 1, pages of 4, 4-bit", page_size=4),
+    Policy("minmax, pages of 8, 8-bit", page_size=8, metadata_bits=8),
+    EIGHT_BIT,
+    replace(EIGHT_BIT, name="mean_std 1, pages of 8, 8-bit", bound="mean_std"),
+    replace(EIGHT_BIT, name="mean_std 1.5, pages of 8, 8-bit", bound="mean_std", bound_scale=1.5),
 )
 # These, by name alone.
 NAMED = (
     *(
         Policy(
-            f"{bound} 1, pages of {size}, 8-bit, equal bytes", bound=bound, page_size=size, eight_bit=True,
-            equal_bytes=True,
+            f"{bound} 1, pages of {size}, 8-bit, equal bytes", bound=bound, page_size=size, metadata_bits=8,
+            equal_bytes=EIGHT_BIT.metadata_bytes,
         )
         for bound in ("mean_std", "principal")
         for size in (16, 32)
     ),
-    *(replace(BEST, name=f"principal {scale:g}, pages of 8, 8-bit", bound_scale=scale) for scale in (0.75, 1.25)),
+    *(
+        replace(
+            BEST, name=f"principal 1, pages of {size}, 4-bit, equal bytes", page_size=size,
+            equal_bytes=BEST.metadata_bytes,
+        )
+        for size in (4, 16, 32)
+    ),
+    *(replace(EIGHT_BIT, name=f"principal {scale:g}, pages of 8, 8-bit", bound_scale=scale) for scale in (0.75, 1.25)),
     replace(BEST, name=f"{BEST.name}, ratio", ratio=True),
     replace(BEST, name=f"{BEST.name}, top-p", top_p=True),
 )  # fmt: skip

@@ -42,11 +42,13 @@ inline Rows rows_of(const Arg& a) { return {a.data(), a.stride_of(0), a.stride_o
 inline Pool pool_of(const Arg& a) { return {a.data(), a.stride_of(0), a.stride_of(1), a.stride_of(2)}; }
 inline Metadata metadata_of(const Arg& a) {
     return {a.data(), a.stride_of(0), a.stride_of(1),
-            a.dtype == ScalarType::Float8_e4m3fn ? DType::kFloat8E4M3 : dtype_of(a)};
+            a.dtype == ScalarType::Float8_e4m3fn ? DType::kFloat8E4M3
+            : a.dtype == ScalarType::Byte        ? DType::kInt4
+                                                 : dtype_of(a)};
 }
 
 inline void check_page_size(int64_t page_size, int64_t pages_per_block) {
-    expect_one_of("page_size", page_size, {8, 16, 32, 64, 128});
+    expect_one_of("page_size", page_size, {4, 8, 16, 32, 64, 128});
     expect_range("pages_per_block (block size / page_size)", pages_per_block, 1, 8);
 }
 
@@ -64,8 +66,24 @@ inline void check_values_like_keys(const Arg& k_cache, const Arg& v_cache) {
     for (int64_t i = 0; i < 4; ++i) v_cache.expect_size(i, k_cache.sizes[i], "k_cache's");
 }
 
-// page_metadata [num_blocks, Hkv, 2, D] or [num_blocks, Hkv, M, 2, D]; returns M.
+// page_metadata [num_blocks, Hkv, M, packed_page_bytes(D)] in 4 bits; returns M.
+inline int32_t check_packed_metadata(const Arg& metadata, int64_t head_dim) {
+    const int64_t bytes = packed_page_bytes(static_cast<int>(head_dim));
+    if (metadata.rank != 4)
+        fail("page_metadata in uint8 (4 bits a number) must have shape [num_blocks, num_kv_heads, pages_per_block, ",
+             bytes, "], got ", metadata.shape_text());
+    metadata.expect_aligned_rows(head_dim < 128 ? 8 : 16);
+    metadata.expect_narrow_strides();
+    metadata.expect_size(3, bytes, "9 / 8 of head_dim, a page's bytes in 4 bits a number,");
+    if (metadata.sizes[2] > 1 && metadata.strides[2] != bytes)
+        fail("page_metadata must be contiguous within a block and head, got strides [", join(metadata.tensor.strides()),
+             "]");
+    return narrow("pages_per_block", metadata.sizes[2]);
+}
+
+// page_metadata [num_blocks, Hkv, 2, D] or [num_blocks, Hkv, M, 2, D], or as above; returns M.
 inline int32_t check_metadata(const Arg& metadata, int64_t head_dim) {
+    if (metadata.dtype == ScalarType::Byte) return check_packed_metadata(metadata, head_dim);
     const bool blocks_of_pages = metadata.rank == 5;
     metadata.expect_aligned_rows();
     metadata.expect_narrow_strides();
@@ -80,14 +98,16 @@ inline int32_t check_metadata(const Arg& metadata, int64_t head_dim) {
 }
 
 inline const char* const kMetadataShape =
-    "[num_blocks, num_kv_heads, 2, head_dim] or [num_blocks, num_kv_heads, pages_per_block, 2, head_dim]";
+    "[num_blocks, num_kv_heads, 2, head_dim] or [num_blocks, num_kv_heads, pages_per_block, 2, head_dim], in uint8 "
+    "[num_blocks, num_kv_heads, pages_per_block, head_dim * 9 / 8]";
 
-// Metadata has the dtype of what it stands beside, or 8 bits.
+// Metadata has the dtype of what it stands beside, 8 bits or 4.
 inline void check_metadata_dtype(const Arg& metadata, const Arg& beside) {
     metadata.expect_device_of(beside);
-    if (metadata.dtype != beside.dtype && metadata.dtype != ScalarType::Float8_e4m3fn)
-        fail(metadata.name, " must be ", name_of(beside.dtype), " as ", beside.name, ", or float8_e4m3fn, got ",
-             name_of(metadata.dtype));
+    if (metadata.dtype != beside.dtype && metadata.dtype != ScalarType::Float8_e4m3fn &&
+        metadata.dtype != ScalarType::Byte)
+        fail(metadata.name, " must be ", name_of(beside.dtype), " as ", beside.name,
+             ", float8_e4m3fn, or uint8 (4 bits a number), got ", name_of(metadata.dtype));
 }
 
 inline void check_metadata_of_cache(const Arg& metadata, const Arg& k_cache) {
@@ -164,7 +184,7 @@ inline void check_table_values(const Paging& paging, int64_t num_requests, const
 inline void check_budget(int64_t page_budget, int64_t sink_pages, int64_t recent_pages) {
     expect_range("sink_pages", sink_pages, 0, INT32_MAX);
     expect_range("recent_pages", recent_pages, 1, INT32_MAX);  // 1: the page being written
-    constexpr int64_t kMostPages = int64_t(1) << 28;           // of 8 tokens: 2^31 tokens
+    constexpr int64_t kMostPages = int64_t(1) << 29;           // of 4 tokens: 2^31 tokens
     expect_range("page_budget", page_budget, 1, kMostPages);
     if (page_budget < sink_pages + recent_pages + 1)
         fail("page_budget must hold sink_pages + recent_pages + 1 = ", sink_pages + recent_pages + 1, " pages, got ",

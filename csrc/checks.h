@@ -106,18 +106,19 @@ struct Arg {
         return tensor.is_cpu() ? "cpu" : "another kind of device";
     }
 
-    // Last dimension contiguous, rows 16-byte aligned; strides of size-1 dimensions mean nothing.
-    void expect_aligned_rows() const {
+    // Last dimension contiguous, rows aligned; strides of size-1 dimensions mean nothing.
+    void expect_aligned_rows(int64_t alignment = 16) const {
         if (tensor.numel() == 0) return;
         if (sizes[rank - 1] > 1 && strides[rank - 1] != 1)
             fail(name, " must be contiguous in its last dimension, got stride ", strides[rank - 1]);
         const int64_t bytes = static_cast<int64_t>(tensor.element_size());
         for (int64_t i = 0; i + 1 < rank; ++i)
-            if (sizes[i] > 1 && strides[i] * bytes % 16 != 0)
-                fail(name, " must have rows aligned to 16 bytes, got stride ", strides[i], " (", bytes,
+            if (sizes[i] > 1 && strides[i] * bytes % alignment != 0)
+                fail(name, " must have rows aligned to ", alignment, " bytes, got stride ", strides[i], " (", bytes,
                      "-byte elements) in dimension ", i);
-        if (reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 != 0)
-            fail(name, " must start at an address aligned to 16 bytes; a slice or an odd storage offset moved it");
+        if (reinterpret_cast<uintptr_t>(tensor.data_ptr()) % alignment != 0)
+            fail(name, " must start at an address aligned to ", alignment,
+                 " bytes; a slice or an odd storage offset moved it");
     }
 
     // A tensor that is written must not map two elements to one address.

@@ -5,7 +5,7 @@
 
 namespace quest {
 
-enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kFloat8E4M3 };
+enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kFloat8E4M3, kInt4 };
 enum class HeadReduction : int32_t { kMax, kMean, kNone };
 enum class BoundKind : int32_t { kMinMax, kCuboid, kMeanStd, kPrincipal };
 
@@ -16,17 +16,31 @@ struct BoundRule {
     float scale;
 };
 
+// A page's two vectors in 4 bits: codes of lo, codes of hi, scales of lo, scales of hi. A scale, in float16, serves 32
+// channels, and a channel is its code - 8, 1 to 15, times that. The codes of channels 32 c + 8 t + i, i from 0 to 7,
+// are word packed_word(D, c, t) of their vector, code i at its bits packed_shift(i): so that a lane of a GPU's warp
+// loads its part of a row of mma operands at once, and takes two numbers of 16 bits out of a word by a mask.
+constexpr int kScaledChannels = 32;
+constexpr int packed_page_bytes(int head_dim) { return head_dim + head_dim / 8; }
+constexpr int packed_word(int head_dim, int c, int t) {
+    const int together = head_dim < 128 ? head_dim / kScaledChannels : 4;
+    return c / together * 4 * together + t * together + c % together;
+}
+constexpr int packed_shift(int i) { return i % 2 * 16 + i / 2 * 4; }
+constexpr float kLargestCode = 7;
+
 // [num_blocks, S, Hkv, D]
 struct Pool {
     void* data;
     int64_t block_stride, token_stride, head_stride;
 };
 
-// [num_blocks, Hkv, M, 2, D]; the part [M, 2, D] of a block and head is contiguous.
+// [num_blocks, Hkv, M, 2, D], or, in 4 bits, [num_blocks, Hkv, M, packed_page_bytes(D)]; the part of a block and head
+// is contiguous.
 struct Metadata {
     void* data;
     int64_t block_stride, head_stride;
-    DType dtype;          // the cache's, or kFloat8E4M3
+    DType dtype;          // the cache's, kFloat8E4M3 or kInt4
     bool points = false;  // a page's score is that of the better of its two vectors
 };
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from quest_ops import ops
 from quest_ops.cache import PagedKVCache
-from quest_ops.config import QuestConfig, check_int
+from quest_ops.config import QuestConfig, check_int, metadata_size
 from quest_ops.dense import causal_attention, gather_kv
 from quest_ops.head_pages import HeadPages
 from quest_ops.kept_pages import KeptPages
@@ -381,7 +381,7 @@ def _planned_dense_length(config: QuestConfig, cache: PagedKVCache, max_batch_si
         kv_heads=cache.num_kv_heads,
         head_dim=cache.head_dim,
         element_size=cache.dtype.itemsize,
-        metadata_size=cache.metadata_dtype.itemsize,
+        metadata_size=metadata_size(cache.metadata_dtype),
         page_size=config.page_size,
         page_budget=config.page_budget,
         num_sms=torch.cuda.get_device_properties(cache.device).multi_processor_count,

@@ -7,7 +7,7 @@ from collections import Counter
 
 import torch
 
-from quest_ops.config import PAGE_SIZES, check_int
+from quest_ops.config import PAGE_SIZES, check_int, metadata_shape
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = (64, 128, 256)
@@ -37,18 +37,20 @@ class PagedKVCache:
 
     num_layers, num_kv_heads, head_dim: the model's; head_dim 64, 128 or 256.
     num_blocks: rows of the pool. A sequence of n tokens holds ceil(n / block_size) of them; forks share full blocks.
-    page_size: tokens a page, what Quest selects: 8, 16, 32, 64 or 128. pages_per_block: 1 to 8.
+    page_size: tokens a page, what Quest selects: 4, 8, 16, 32, 64 or 128. pages_per_block: 1 to 8.
     dtype: bfloat16, float16, or, on a CPU, float32.
-    metadata_dtype: float8_e4m3fn, saturating at +-448, or dtype; None: dtype.
+    metadata_dtype: float8_e4m3fn, saturating at +-448, uint8, 4 bits a number and a scale for 32 of them, saturating at
+        +-458528, or dtype; None: dtype.
     max_sequence_tokens: longest sequence allowed; None: what the pool holds.
 
     By default its pages and metadata are those of QuestConfig's defaults, in blocks of 16 tokens: chosen by the table
-    of policies in docs/accuracy.md, "Loss, and answers found" (pages of 8, 8-bit).
+    of policies in docs/accuracy.md, "Loss, and answers found" (pages of 8, 4-bit).
 
     In memory K and V are one tensor `pool [num_layers, num_blocks, 2, Hkv, S, D]` (HND), the metadata another,
-    [num_layers, num_blocks, Hkv, M, 2, D]. The operations below move whole blocks and keep count; tokens are written by
-    `append_paged_kv` at the places that `slots` names. Each of them checks first: when it raises, nothing has changed.
-    Copies run on the current stream of the device; nothing here waits for the device.
+    [num_layers, num_blocks, Hkv, M, 2, D], or in uint8 [num_layers, num_blocks, Hkv, M, 9 * D / 8]. The operations
+    below move whole blocks and keep count; tokens are written by `append_paged_kv` at the places that `slots` names.
+    Each of them checks first: when it raises, nothing has changed. Copies run on the current stream of the device;
+    nothing here waits for the device.
 
     After `rollback` the metadata of the page in which the sequence now ends is still that of the tokens that were cut
     off, too (the page may be shared, and a last page is attended whatever its score). The next append to that page
@@ -66,7 +68,7 @@ class PagedKVCache:
         pages_per_block: int = 2,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
-        metadata_dtype: torch.dtype | None = torch.float8_e4m3fn,
+        metadata_dtype: torch.dtype | None = torch.uint8,
         max_sequence_tokens: int | None = None,
     ) -> None:
         self.num_layers = check_int("num_layers", num_layers, 1)
@@ -90,9 +92,10 @@ class PagedKVCache:
             raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}")
         if dtype == torch.float32 and self.device.type != "cpu":
             raise ValueError(f"dtype float32 is supported on a CPU only, got device {device!r}")
-        if metadata_dtype not in (None, dtype, torch.float8_e4m3fn):
+        if metadata_dtype not in (None, dtype, torch.float8_e4m3fn, torch.uint8):
             raise ValueError(
-                f"metadata_dtype must be None, the cache's dtype {dtype} or torch.float8_e4m3fn, got {metadata_dtype!r}"
+                f"metadata_dtype must be None, the cache's dtype {dtype}, torch.float8_e4m3fn or torch.uint8 (4 bits a "
+                f"number), got {metadata_dtype!r}"
             )
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise RuntimeError(f"device {device!r} was asked for, but torch {torch.__version__} sees no CUDA GPU")
@@ -108,7 +111,7 @@ class PagedKVCache:
         )
         self.device = self.pool.device  # "cuda" has become "cuda:0"
         self._metadata = torch.empty(
-            (num_layers, num_blocks, num_kv_heads, pages_per_block, 2, head_dim),
+            (num_layers, num_blocks, num_kv_heads, pages_per_block, *metadata_shape(self.metadata_dtype, head_dim)),
             dtype=self.metadata_dtype,
             device=self.device,
         )
@@ -130,7 +133,8 @@ class PagedKVCache:
         return self._layers[layer][1]
 
     def page_metadata(self, layer: int) -> torch.Tensor:
-        """Page metadata of a layer: a view [num_blocks, Hkv, M, 2, D]: the two vectors of each page."""
+        """Page metadata of a layer: a view [num_blocks, Hkv, M, 2, D], the two vectors of each page; in uint8
+        [num_blocks, Hkv, M, 9 * D / 8]."""
         return self._page_metadata[layer]
 
     @property

@@ -7,12 +7,22 @@ from pathlib import Path
 
 import torch
 
-PAGE_SIZES = (8, 16, 32, 64, 128)
+PAGE_SIZES = (4, 8, 16, 32, 64, 128)
 HEAD_REDUCTIONS = ("max", "mean", "none")
 BOUNDS = ("minmax", "cuboid", "mean_std", "principal")
 BLOCK_TOKENS = 16
 FLOAT32 = torch.finfo(torch.float32)
-METADATA_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)
+METADATA_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.uint8)
+
+
+def metadata_shape(dtype: torch.dtype, head_dim: int) -> tuple[int, ...]:
+    """Of one page and KV head's metadata: (2, D); in 4 bits, dtype uint8, (9 * D // 8,) bytes (quest_ops/ops.py)."""
+    return (9 * head_dim // 8,) if dtype == torch.uint8 else (2, head_dim)
+
+
+def metadata_size(dtype: torch.dtype) -> float:
+    """Bytes a number of page metadata, those of its share of a scale included."""
+    return 9 / 16 if dtype == torch.uint8 else float(dtype.itemsize)
 
 
 def check_int(name: str, value: object, minimum: int) -> int:
@@ -45,10 +55,10 @@ class QuestConfig:
 
     The defaults of page_size, metadata_dtype, bound and bound_scale together are what does best at the paper's bytes of
     metadata in docs/accuracy.md, "Loss, and answers found", by its table of policies ("principal 1, pages of 8,
-    8-bit"). They fit the defaults of PagedKVCache. The paper's own choice is `QuestConfig.paper()`.
+    4-bit"). They fit the defaults of PagedKVCache. The paper's own choice is `QuestConfig.paper()`.
 
-    page_size: tokens a page: 8, 16, 32, 64 or 128; the cache's. Chosen by the table of policies; for contexts of more
-        than 16 budgets larger ones are better (`for_context`).
+    page_size: tokens a page: 4, 8, 16, 32, 64 or 128; the cache's. Chosen by the table of policies; for contexts of
+        up to 8 budgets or more than 16 others are better (`for_context`).
     token_budget: most tokens a decode row attends to, sink and recent ones included; rounded down to whole pages.
         budget_ratio lets it grow with the row's length, head_budgets shares it out among layers and heads.
     sink_tokens, recent_tokens: first and last tokens that are always attended to; rounded up to whole pages. At least
@@ -56,10 +66,10 @@ class QuestConfig:
     dense_layers: numbers of the layers that always attend to the whole cache.
     head_reduction: how the query heads that share a KV head agree on pages: "max" or "mean" of their scores, or "none":
         each query head selects for itself.
-    metadata_dtype: dtype that the cache's page metadata must have: the cache's, or float8_e4m3fn, half of 16 bits to
-        keep and to read ("minmax" is still a bound of keys of magnitude up to 448); None: whatever the cache has, and
-        its dtype where this library makes the cache. Chosen by the table of policies: it pays for pages of half the
-        size.
+    metadata_dtype: dtype that the cache's page metadata must have: the cache's; float8_e4m3fn, half of 16 bits to keep
+        and to read ("minmax" is still a bound of keys of magnitude up to 448); or uint8, 4 bits a number and a scale
+        for 32 of them, 9/32 of 16 bits (a bound up to 458528); None: whatever the cache has, and its dtype where this
+        library makes the cache. Chosen by the table of policies: 4 bits lose no more than 8.
     dense_below: rows of at most this many tokens attend to all of them, in a decode step beside any others; None: as
         many as fill the pages of the budget, and on a GPU of compute capability 9.0 or later up to where Quest is
         faster (`planner.plan_dense_length`). `QuestAttention.dense_length` is the number.
@@ -91,7 +101,7 @@ class QuestConfig:
     recent_tokens: int = 64
     dense_layers: tuple[int, ...] = ()
     head_reduction: str = "max"
-    metadata_dtype: torch.dtype | None = torch.float8_e4m3fn
+    metadata_dtype: torch.dtype | None = torch.uint8
     dense_below: int | None = None
     bound: str = "principal"
     bound_scale: float = 1.0
@@ -186,18 +196,20 @@ class QuestConfig:
         """For contexts of about `tokens`: the page size that loses least there among those that read no more bytes than
         pages of 8 at `token_budget` do, by docs/accuracy.md, "Longer contexts".
 
-        Pages of 8 up to 16 budgets of context, of 16 up to 64, else of 32. A larger page has less metadata to read, by
-        tokens / 32 or 3 * tokens / 64 tokens' K and V of 16 bits, and the budget is as much larger. `settings` are the
-        other fields; with page_size or metadata_dtype among them there is nothing left to choose: TypeError.
+        Pages of 4 up to 8 budgets of context, of 8 up to 16, of 16 up to 64, else of 32. A larger page has less
+        metadata to read, and the budget is as much larger: by 9/512, 27/1024 of `tokens`; for pages of 4 it is smaller,
+        by 9/256. `settings` are the other fields; with page_size or metadata_dtype among them there is nothing left to
+        choose: TypeError.
         """
         check_int("tokens", tokens, 1)
         check_int("token_budget", token_budget, 1)
         for name in ("page_size", "metadata_dtype"):
             if name in settings:
                 raise TypeError(f"for_context chooses {name}, got {settings[name]!r}")
-        page_size = 8 if tokens <= 16 * token_budget else 16 if tokens <= 64 * token_budget else 32
-        # Two vectors of 8 bits a page are half of K and V of a token of 16.
-        saved = tokens // 16 - tokens // (2 * page_size)
+        budgets = tokens / token_budget
+        page_size = 4 if budgets <= 8 else 8 if budgets <= 16 else 16 if budgets <= 64 else 32
+        # A page's metadata is 9/32 of K and V of a token of 16 bits.
+        saved = 9 * (tokens // 8 - tokens // page_size) // 32
         return cls(page_size=page_size, token_budget=token_budget + saved, **settings)
 
     @classmethod

@@ -4,10 +4,11 @@
   request's block table; `Hq / Hkv` of 1 to 16, `D` of 64, 128 or 256.
 - `k_cache`, `v_cache [num_blocks, S, Hkv, D]` of query's dtype: any strides, last dimension contiguous, rows aligned to
   16 bytes. NHD, HND, FlashInfer's and vLLM's pools are views of this shape. `S = M * page_size` tokens, `page_size` of
-  8, 16, 32, 64 or 128, `M` of 1 to 8.
+  4, 8, 16, 32, 64 or 128, `M` of 1 to 8.
 - `page_metadata [num_blocks, Hkv, M, 2, D]`, or `[num_blocks, Hkv, 2, D]` where a block is one page: per page and KV
   head two vectors, `[..., 0, :]` lo and `[..., 1, :]` hi, in the cache's dtype or in float8_e4m3fn, which saturates at
-  +-448. What they are is the `bound` of the two ops that write them, channel by channel over the page's keys:
+  +-448; or, in 4 bits, uint8 `[num_blocks, Hkv, M, 9 * D / 8]` (below). What they are is the `bound` of the two ops
+  that write them, channel by channel over the page's keys:
   - "minmax": minimum and maximum (QUEST: Tang et al., ICML 2024, figure 5). In 8 bits the minimum is rounded down and
     the maximum up, so that they still bound keys of magnitude up to 448.
   - "cuboid": mean -+ `bound_scale` * mean absolute deviation. "mean_std": mean -+ `bound_scale` * standard deviation
@@ -23,6 +24,11 @@
     `s = d_f . d_f`: `a = sum((d_t . d_f * (1 / s)) * d_t)`, `u = a * (1 / sqrt(a . a))`,
     `q_t = d_t . u * (1 / sqrt(s))`, `above = sqrt(s) * sqrt(sqrt(sum(q_t^4 where q_t > 0) / n))`; where `s < 2^-126`,
     the mean twice.
+  In 4 bits a page's 9 * D / 8 bytes are codes of lo and of hi, D / 2 bytes each, and their scales, D / 32 float16 each.
+  A scale `s` serves 32 adjacent channels: of their largest magnitude `m`, `m / 7` rounded to nearest even, or the next
+  float16 above where `7 * s < m`; at most 65504, so numbers saturate at +-458528. A number is `c * s`, `c` of -7 to 7
+  nearest to `x / s`, ties to even; of "minmax" rounded down for lo and up for hi, so that they still bound keys of
+  magnitude up to 458528. A NaN makes the scale of its 32 channels NaN. csrc/params.h has the order of the codes.
   The ops that read metadata take the same `bound`: the score of a page is `sum_d max(q_d * lo_d, q_d * hi_d)`, which
   for a mean and a radius is `q . mean + |q| . radius`; of two points it is `max(q . lo, q . hi)`.
 - `block_table [B, max_blocks]` int32; entries past a row's length may hold anything. `seq_lens [R]` int32: how many
@@ -74,8 +80,8 @@ def append_paged_kv(
 
     A touched page's metadata is computed from the stored keys at offsets 0 to the highest one written, never from
     earlier metadata: rejected drafts, copied partial pages and reused blocks end in the same bits as a fresh build. A
-    NaN key makes its channel's bounds NaN; so does an infinite one where they are made of a mean; "principal" has then
-    NaN in every channel.
+    NaN key makes its channel's bounds NaN, in 4 bits those of the 32 channels of its scale; so does an infinite one
+    where they are made of a mean; "principal" has then NaN in every channel.
 
     Raises:
         RuntimeError: as above, and for a slot past the cache (on a GPU: with `QUEST_OPS_CHECK=1`).
@@ -133,7 +139,7 @@ def estimate_page_scores(
     With metadata of bound "minmax" that is an upper bound of `q . k` over the page's keys.
 
     Args:
-        page_size: tokens a page: 8, 16, 32, 64 or 128.
+        page_size: tokens a page: 4, 8, 16, 32, 64 or 128.
         head_reduction: over the query heads of a KV head: "max", "mean", or "none" for a score for each query head.
         bound: that of the metadata.
 
@@ -145,7 +151,7 @@ def estimate_page_scores(
         RuntimeError: as above, and for a block number past the cache (on a GPU: with `QUEST_OPS_CHECK=1`).
     """
     if _checking() and _has_values(page_metadata, (4, 5)) and page_size in PAGE_SIZES:
-        parts = page_metadata.size(2) if page_metadata.dim() == 5 else 1
+        parts = _parts(page_metadata)
         _check_block_table(block_table, seq_lens, page_size * parts, page_metadata.size(0))
     return _ops.estimate_page_scores(
         query, page_metadata, block_table, seq_lens, page_size, head_reduction, bound=bound
@@ -167,7 +173,7 @@ def select_topk_pages(
     Args:
         scores: `[R, Hs, P]` float32, contiguous; read only up to a row's last page.
         seq_lens: `[R]` int32, in tokens.
-        page_size: tokens a page: 8, 16, 32, 64 or 128.
+        page_size: tokens a page: 4, 8, 16, 32, 64 or 128.
         page_budget: `K` pages, at least `sink_pages + recent_pages + 1`.
         sink_pages, recent_pages: the first and last pages, always kept; at least 1 recent page, the one being written.
         page_budgets: int32 `[R]` or `[R, Hs]`, budgets in pages of single rows or heads, clamped to
@@ -381,6 +387,12 @@ def _checking() -> bool:
     return os.environ.get("QUEST_OPS_CHECK") == "1" and not torch.compiler.is_compiling()
 
 
+def _parts(page_metadata: Tensor) -> int:
+    """Pages a block."""
+    has_parts = page_metadata.dim() == 5 or page_metadata.dtype == torch.uint8
+    return page_metadata.size(2) if has_parts else 1
+
+
 def _has_values(tensor: Tensor, ranks: tuple[int, ...], dtype: torch.dtype | None = None) -> bool:
     """Whether values can be looked at; where not, the op itself says what is wrong with the argument."""
     return (
@@ -462,7 +474,7 @@ def _(k_cache, page_metadata, block_table, seq_lens, start_lens, *, bound="minma
 
 @_fake("estimate_page_scores")
 def _(query, page_metadata, block_table, seq_lens, page_size, head_reduction, *, bound="minmax"):
-    parts = page_metadata.size(2) if page_metadata.dim() == 5 else 1
+    parts = _parts(page_metadata)
     heads = query.size(1) if head_reduction == "none" else page_metadata.size(1)
     return query.new_empty((query.size(0), heads, block_table.size(1) * parts), dtype=torch.float32)
 

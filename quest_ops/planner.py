@@ -17,7 +17,7 @@ def plan_dense_length(
     kv_heads: int,
     head_dim: int,
     element_size: int,
-    metadata_size: int,
+    metadata_size: float,
     page_size: int,
     page_budget: int,
     num_sms: int,
@@ -26,7 +26,7 @@ def plan_dense_length(
     """Longest row, in tokens, that is attended in full because Quest would not be faster: whole pages, never fewer
     than the budget's.
 
-    rows: of a step. element_size, metadata_size: bytes an element of the cache and of its page metadata. num_sms: of
+    rows: of a step. element_size, metadata_size: bytes a number of the cache and of its page metadata. num_sms: of
     the GPU. budget_ratio: share of its tokens that a row attends to where that is more than page_budget.
 
     A token's K and V are b = rows * kv_heads * head_dim * 2 * element_size bytes a layer. Of n tokens dense attention

@@ -4,12 +4,16 @@ Half-precision inputs are computed in float32; float64 inputs stay float64 throu
 Arguments are not checked here: the compiled ops do that.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
 _FP8 = torch.float8_e4m3fn
 _FP8_GRID = torch.arange(256, dtype=torch.uint8).view(_FP8).float()
 _FP8_GRID = torch.unique(_FP8_GRID[~_FP8_GRID.isnan()] + 0.0)  # ascending, one zero
+
+_SCALED_CHANNELS = 32  # of metadata in 4 bits: how many a scale serves
 
 
 def append_paged_kv(
@@ -97,7 +101,10 @@ def estimate_page_scores(
     for r, length in enumerate(seq_lens.tolist()):
         num_pages = _ceil_div(_clamp_length(length, num_pages_max * page_size), page_size)
         blocks = block_table[r // (rows // block_table.size(0)), : _ceil_div(num_pages, parts)].long()
-        bounds = metadata[blocks].to(compute).transpose(1, 2).flatten(0, 1)[:num_pages]  # [num_pages, Hkv, 2, D]
+        bounds = metadata[blocks].transpose(1, 2).flatten(0, 1)[:num_pages]
+        if bounds.dtype == torch.uint8:
+            bounds = unpack_bounds(bounds)
+        bounds = bounds.to(compute)  # [num_pages, Hkv, 2, D]
         for h in range(kv_heads):
             lo, hi = bounds[:, h, 0], bounds[:, h, 1]
             q = grouped[r, h]
@@ -114,6 +121,57 @@ def scores_of_pages(query: Tensor, lo: Tensor, hi: Tensor, bound: str) -> Tensor
     if bound == "principal":
         return torch.maximum(query @ hi.T, query @ lo.T)
     return query.clamp(min=0) @ hi.T + query.clamp(max=0) @ lo.T
+
+
+def pack_bounds(lo: Tensor, hi: Tensor, outward: bool) -> Tensor:
+    """lo, hi `[..., D]` in 4 bits: uint8 `[..., 9 * D / 8]`. `outward`: codes are rounded down for lo and up for hi."""
+    codes, scales = zip(_codes(lo, -1 if outward else 0), _codes(hi, 1 if outward else 0), strict=True)
+    nibbles = torch.empty(*lo.shape[:-1], 2, lo.size(-1), dtype=torch.uint8, device=lo.device)
+    nibbles[..., _nibble_of_channel(lo.size(-1)).to(lo.device)] = (torch.stack(codes, -2) + 8).to(torch.uint8)
+    pairs = nibbles[..., ::2] | nibbles[..., 1::2] << 4
+    return torch.cat([pairs.flatten(-2), torch.cat(scales, -1).view(torch.uint8)], -1)
+
+
+def unpack_bounds(packed: Tensor) -> Tensor:
+    """lo, hi float32 `[..., 2, D]` of uint8 `[..., 9 * D / 8]`, exactly; NaN where a scale is NaN."""
+    dim = packed.size(-1) * 8 // 9
+    pairs, scales = packed.split([dim, dim // 8], -1)
+    nibbles = torch.stack([pairs & 15, pairs >> 4], -1).view(*packed.shape[:-1], 2, dim)
+    codes = nibbles[..., _nibble_of_channel(dim).to(packed.device)].float() - 8
+    scales = scales.contiguous().view(torch.float16).float().unflatten(-1, (2, -1))
+    return codes * scales.repeat_interleave(_SCALED_CHANNELS, -1)
+
+
+def _codes(x: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Codes -7 to 7 float32 `[..., D]` and scales float16 `[..., D / 32]` of numbers `[..., D]`. side 0: codes to the
+    nearest, -1: no code times its scale above its number, 1: none below; but for saturation."""
+    x = x.float().unflatten(-1, (-1, _SCALED_CHANNELS))
+    largest = x.abs().amax(-1, keepdim=True)
+    scale = (largest / torch.full_like(largest, 7)).half()  # a tensor: on a GPU torch multiplies by the reciprocal
+    above = (scale.view(torch.int16) + 1).view(torch.float16)
+    scale = torch.where(scale.float() * 7 < largest, above, scale).clamp(max=torch.finfo(torch.float16).max)
+    s = scale.float()
+    ratio = torch.where(s == 0, 0, x / s)
+    if side == 0:
+        codes = ratio.round()  # half to even
+    elif side < 0:
+        codes = ratio.floor()
+        codes = codes - (codes * s > x).float()
+    else:
+        codes = ratio.ceil()
+        codes = codes + (codes * s < x).float()
+    codes = torch.where(s.isnan(), 0, codes.clamp(-7, 7))
+    return codes.flatten(-2), torch.where(s.isnan(), torch.nan, scale).squeeze(-1)
+
+
+@functools.cache
+def _nibble_of_channel(dim: int) -> Tensor:
+    """int64 `[D]`: which 4 bits of a vector's codes hold each channel's (csrc/params.h says why)."""
+    channel = torch.arange(dim)
+    group, word_of_group, i = channel // _SCALED_CHANNELS, channel // 8 % 4, channel % 8
+    together = min(dim // _SCALED_CHANNELS, 4)
+    word = group // together * 4 * together + word_of_group * together + group % together
+    return word * 8 + i % 2 * 4 + i // 2
 
 
 def select_topk_pages(
@@ -290,8 +348,10 @@ def _compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def _with_parts(page_metadata: Tensor) -> Tensor:
-    """`[num_blocks, Hkv, M, 2, D]`; the form without M means one page a block."""
-    return page_metadata if page_metadata.dim() == 5 else page_metadata.unsqueeze(2)
+    """`[num_blocks, Hkv, M, 2, D]`, in 4 bits `[num_blocks, Hkv, M, 9 * D / 8]`; the form without M means one page a
+    block."""
+    has_parts = page_metadata.dim() == 5 or page_metadata.dtype == torch.uint8
+    return page_metadata if has_parts else page_metadata.unsqueeze(2)
 
 
 def _listed_pages(page_ids: Tensor, page_counts: Tensor | None, row: int, head: int) -> Tensor:
@@ -303,7 +363,8 @@ def _listed_pages(page_ids: Tensor, page_counts: Tensor | None, row: int, head: 
 
 
 def _store_bounds(bounds: Tensor, keys: Tensor, bound: str, bound_scale: float) -> None:
-    """Store lo and hi of `keys` `[n, Hkv, D]` into `bounds` `[Hkv, 2, D]`; NaN stays NaN.
+    """Store lo and hi of `keys` `[n, Hkv, D]` into `bounds` `[Hkv, 2, D]`, or in 4 bits `[Hkv, 9 * D / 8]`; NaN stays
+    NaN.
 
     "minmax": channel-wise minimum and maximum. "cuboid", "mean_std": mean -+ bound_scale * mean absolute deviation or
     standard deviation, sums in the order of the tokens. "principal": mean -+ bound_scale * deviation along an axis,
@@ -328,6 +389,9 @@ def _store_bounds(bounds: Tensor, keys: Tensor, bound: str, bound_scale: float) 
         lo, hi = mean + below, mean + above
     # Which of -0 and +0 a min returns depends on the order of the keys: adding +0 leaves one answer.
     lo, hi = lo + 0.0, hi + 0.0
+    if bounds.dtype == torch.uint8:
+        bounds.copy_(pack_bounds(lo, hi, outward=bound == "minmax"))
+        return
     if bounds.dtype == _FP8 and bound == "minmax":
         lo, hi = _to_fp8_outward(lo, up=False), _to_fp8_outward(hi, up=True)
     elif bounds.dtype == _FP8:

@@ -10,16 +10,18 @@ import torch
 from hypothesis import strategies as st
 
 from quest_ops import reference
+from quest_ops.config import metadata_shape
 
 BAD_INPUT = (RuntimeError, ValueError, TypeError)
 
 LAYOUTS = ("NHD", "HND", "flashinfer", "vllm", "quest_ops")
 GROUPS = (1, 2, 3, 4, 7, 8, 16)
-PAGE_SIZES = (8, 16, 32, 64, 128)
+PAGE_SIZES = (4, 8, 16, 32, 64, 128)
 HEAD_DIMS = (64, 128, 256)
 HEAD_REDUCTIONS = ("max", "mean", "none")
 FP8 = torch.float8_e4m3fn
-METADATA_DTYPES = (None, FP8)  # None: the cache's
+INT4 = torch.uint8  # 4 bits a number
+METADATA_DTYPES = (None, FP8, INT4)  # None: the cache's
 PRINCIPAL = "principal", 1.0  # bound and scale
 BOUNDS = (
     ("minmax", 1.0), ("cuboid", 1.0), ("mean_std", 1.0), ("mean_std", 1.5), ("cuboid", 0.3), PRINCIPAL,
@@ -117,7 +119,7 @@ class Case:
     query: torch.Tensor  # [R, Hq, D], a slice of a fused projection
     k_cache: torch.Tensor  # [num_blocks, S, Hkv, D], NaN where no request has a token
     v_cache: torch.Tensor
-    page_metadata: torch.Tensor  # [num_blocks, Hkv, M, 2, D], NaN where no request has a token
+    page_metadata: torch.Tensor  # [num_blocks, Hkv, M, 2, D] or [..., 9 * D / 8], NaN where no request has a token
     block_table: torch.Tensor  # [B, max_blocks] int32, junk past a request's last block
     seq_lens: torch.Tensor  # [R] int32
     request_lens: torch.Tensor  # [B] int32
@@ -156,8 +158,30 @@ def make_pool(shape, device):
 
 
 def make_metadata(shape, device):
-    size = (shape.num_blocks, shape.kv_heads, shape.pages_per_block, 2, shape.head_dim)
-    return torch.full(size, torch.nan, dtype=shape.metadata_dtype or shape.dtype, device=device)
+    dtype = shape.metadata_dtype or shape.dtype
+    size = (shape.num_blocks, shape.kv_heads, shape.pages_per_block, *metadata_shape(dtype, shape.head_dim))
+    return fill_nan(torch.empty(size, dtype=dtype, device=device))
+
+
+def fill_nan(metadata):
+    """Every number of it becomes NaN: all bits are 1, whatever the dtype; in 4 bits those of the scales."""
+    metadata.view(torch.uint8).fill_(0xFF)
+    return metadata
+
+
+def set_nan(metadata, block, head, channel):
+    """A channel of a block and head's pages becomes NaN; in 4 bits the 32 channels of its scale."""
+    of_head = metadata[block, head]
+    if metadata.dtype == INT4:
+        scales = of_head[:, of_head.size(-1) * 8 // 9 :].view(torch.float16)
+        scales.unflatten(-1, (2, -1))[..., channel // 32] = torch.nan
+    else:
+        of_head[..., channel] = torch.nan
+
+
+def numbers_of(metadata):
+    """`[..., 2, D]`: metadata as it is, or what it stands for in 4 bits."""
+    return reference.unpack_bounds(metadata.cpu()).to(metadata.device) if metadata.dtype == INT4 else metadata
 
 
 def make_block_table(shape):
@@ -271,7 +295,7 @@ def assert_attention_close(out, lse, exact_out, exact_lse, where=None):
 def score_tolerance(exact_case, page_size, head_reduction):
     """float64 `[R, Hs, P]`: how far float32 sums may be from the scores: SCORE_TOLERANCE of the terms' magnitudes."""
     # |q| . max(|lo|, |hi|) is the score of a query without signs on a box that is symmetric about 0.
-    radius = exact_case.page_metadata.abs().amax(-2, keepdim=True)
+    radius = numbers_of(exact_case.page_metadata).double().abs().amax(-2, keepdim=True)
     magnitude = reference.estimate_page_scores(
         exact_case.query.abs(),
         torch.cat([-radius, radius], -2),

@@ -5,10 +5,11 @@ Whatever a step must not read holds NaN, and block tables numbers that would cra
 
 import pytest
 import torch
-from cases import JUNK_BLOCKS
+from cases import JUNK_BLOCKS, fill_nan
 
 import quest_ops
 from quest_ops import ops
+from quest_ops.config import metadata_shape
 
 
 class Problem:
@@ -45,9 +46,9 @@ class Problem:
         }
         pools = [torch.full(sizes[layout], torch.nan, dtype=dtype, device=device) for _ in range(2)]
         self.k, self.v = pools if layout == "NHD" else (pool.transpose(1, 2) for pool in pools)
-        self.metadata = torch.empty(
-            num_blocks, kv_heads, parts, 2, head_dim, dtype=metadata_dtype or dtype, device=device
-        )
+        metadata_dtype = metadata_dtype or dtype
+        of_page = metadata_shape(metadata_dtype, head_dim)
+        self.metadata = torch.empty(num_blocks, kv_heads, parts, *of_page, dtype=metadata_dtype, device=device)
         blocks = torch.randperm(num_blocks, generator=self.generator, device=device)
         self.blocks = blocks[: batch * max_blocks].view(batch, max_blocks)
         self.query = self.random(batch * rows, kv_heads * group, head_dim)
@@ -82,7 +83,7 @@ class Problem:
     def set_keys(self, keys):
         """keys [B, capacity, Hkv, D]; writes those within the lengths, and all metadata."""
         self._write(self.k, keys)
-        self.metadata.view(torch.uint8).fill_(0xFF)  # NaN in every dtype
+        fill_nan(self.metadata)
         starts = torch.zeros_like(self.lengths)
         quest_ops.update_page_metadata(self.k, self.metadata, self.table, self.lengths, starts, bound=self.bound)
 

@@ -72,12 +72,17 @@ def test_policies_of_equal_bytes_read_what_the_defaults_read(bench, context):
     cases = bench.cases
     shape = {"kv_heads": 3, "query_heads": 9, "head_dim": 64, "dtype": torch.bfloat16}
     case = cases.Case("defaults", (context,), budget=1024, **shape)
-    expected = cases.counted_bytes(case, "quest", cases.Pages(8, eight_bit=True))
     assert bench.policies.BEST.budget_at(1024, context) == 1024
-    found = {p.page_size: p.budget_at(1024, context) for p in bench.policies.NAMED if p.equal_bytes}
-    assert found == {16: 1024 + context // 32, 32: 1024 + context * 3 // 64 // 32 * 32}
-    for size, budget in found.items():
-        read = cases.counted_bytes(dataclasses.replace(case, budget=budget), "quest", cases.Pages(size, eight_bit=True))
+    policies = [p for p in bench.policies.NAMED if p.equal_bytes]
+    found = {(p.metadata_bits, p.page_size): p.budget_at(1024, context) for p in policies}
+    assert found.keys() == {(8, 16), (8, 32), (4, 4), (4, 16), (4, 32)}
+    assert found[8, 16] == 1024 + context // 32 and found[8, 32] == 1024 + context * 3 // 64 // 32 * 32
+    for (bits, size), budget in found.items():
+        if budget < 128:
+            assert size == 4 and context > 16384, "their metadata alone is as many bytes"
+            continue
+        expected = cases.counted_bytes(case, "quest", cases.Pages(8, bits))
+        read = cases.counted_bytes(dataclasses.replace(case, budget=budget), "quest", cases.Pages(size, bits))
         assert 0 <= expected - read < size * 2 * 3 * 64 * 2, "but for less than a page"
 
 
@@ -154,8 +159,8 @@ def test_keys_and_queries_are_turned_to_their_places(bench, method):
 @pytest.mark.parametrize("bound", ["mean_std", "principal"])
 @pytest.mark.parametrize("size", [8, 16, 32])
 def test_a_long_context_is_attended_to_by_the_pages_that_a_policy_chooses(bench, size, bound):
-    policy = next(p for p in bench.policies.ALL if (p.page_size, p.bound, p.eight_bit) == (size, bound, True))
-    policy = dataclasses.replace(policy, eight_bit=False)
+    policy = next(p for p in bench.policies.ALL if (p.page_size, p.bound, p.metadata_bits) == (size, bound, 8))
+    policy = dataclasses.replace(policy, metadata_bits=16)
     generator = torch.Generator().manual_seed(0)
     query, (keys, values) = torch.randn(2, 4, 64, generator=generator), torch.randn(2, 384, 2, 64, generator=generator)
     lengths = torch.tensor([384, 379], dtype=torch.int32)

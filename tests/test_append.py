@@ -7,6 +7,7 @@ import torch
 from cases import (
     BOUNDS,
     FP8,
+    INT4,
     LAYOUTS,
     METADATA_DTYPES,
     Shape,
@@ -17,6 +18,7 @@ from cases import (
     make_block_table,
     make_metadata,
     make_pool,
+    numbers_of,
     shapes,
     slots_of,
 )
@@ -178,9 +180,10 @@ def test_a_nan_key_is_never_hidden(device, token, metadata_dtype, bound):
     key[token, 1, [0, 77, 127]] = torch.nan
     pool = Pool(shape, device)
     pool.append(0, 0, key, value)
-    nan = pool.page_metadata[int(pool.block_table[0, 0]), :, 0].isnan()  # [Hkv, 2, D]
+    nan = numbers_of(pool.page_metadata)[int(pool.block_table[0, 0]), :, 0].isnan()  # [Hkv, 2, D]
     assert nan[1][:, [0, 77, 127]].all()
-    assert nan.sum() == (2 * 128 if bound[0] == "principal" else 6)  # an axis is of all channels
+    # An axis is of all channels, a scale of 32.
+    assert nan.sum() == (2 * 128 if bound[0] == "principal" else 2 * 96 if metadata_dtype == INT4 else 6)
 
 
 @pytest.mark.parametrize("bound", BOUNDS)
@@ -193,7 +196,7 @@ def test_zero_bounds_are_plus_zero(device, metadata_dtype, bound):
         key[8:, :, :16] = 0.0
         pool = Pool(shape, device)
         pool.append(0, 0, key, value)
-        bounds = pool.page_metadata[int(pool.block_table[0, 0]), :, 0, :, :32]
+        bounds = numbers_of(pool.page_metadata)[int(pool.block_table[0, 0]), :, 0, :, :32]
         assert_same_bits(bounds, torch.zeros_like(bounds))
 
 
@@ -211,14 +214,14 @@ def test_an_infinite_key_makes_a_mean_unknown(device, bound):
         assert nan.sum() == 4 and nan[0, :, 0].all() and nan[1, :, 1].all()
 
 
-@pytest.mark.parametrize("metadata_dtype, largest", [(None, torch.inf), (FP8, 448.0)])
+@pytest.mark.parametrize("metadata_dtype, largest", [(None, torch.inf), (FP8, 448.0), (INT4, 7 * 65504.0)])
 def test_infinite_keys_give_the_largest_bound_there_is(device, metadata_dtype, largest):
     shape = Shape(lengths=(16,), max_blocks=1, metadata_dtype=metadata_dtype)
     key, value = random_tokens(shape, 16, device)
     key[3, 0, 0], key[4, 1, 1] = torch.inf, -torch.inf
     pool = Pool(shape, device)
     pool.append(0, 0, key, value)
-    bounds = pool.page_metadata[int(pool.block_table[0, 0]), :, 0].float()
+    bounds = numbers_of(pool.page_metadata)[int(pool.block_table[0, 0]), :, 0].float()
     assert bounds[0, 1, 0] == largest and bounds[1, 0, 1] == -largest
 
 

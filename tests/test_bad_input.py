@@ -1,8 +1,10 @@
 """Bad input: an exception that names the argument, and nothing written."""
 
+import dataclasses
+
 import pytest
 import torch
-from cases import BAD_INPUT, FP8, Shape, build, fused_slices, make_block_table, slots_of
+from cases import BAD_INPUT, FP8, INT4, Shape, build, fused_slices, make_block_table, make_metadata, slots_of
 
 import quest_ops
 
@@ -264,6 +266,24 @@ def test_a_metadata_dtype_unlike_the_caches_is_named_beside_those_that_are_suppo
         wrong = arguments["page_metadata"].to(getattr(torch, dtype))
         assert_rejected(op, arguments | {"page_metadata": wrong}, f"page_metadata.*float16.*float8_e4m3fn.*{dtype}")
     OPS[op](**arguments | {"page_metadata": as_e4m3(arguments["page_metadata"])})
+
+
+@pytest.mark.parametrize("op", ["append", "update", "scores", "quest"])
+def test_4_bit_metadata_of_another_shape_is_named(device, op):
+    arguments = good_arguments(op, device)
+    packed = make_metadata(dataclasses.replace(SHAPE, metadata_dtype=INT4), device)  # [num_blocks, 2, 2, 72]
+    for wrong, message in (
+        (packed[..., :64].contiguous(), "64.*9 / 8"),
+        (torch.cat([packed, packed[..., :8]], -1), "80.*9 / 8"),
+        (packed[:, :, None], r"uint8.*pages_per_block, 72\], got .*1, 2, 72"),
+        (arguments["page_metadata"].view(torch.uint8), "uint8.*pages_per_block, 72"),
+        (last_dimension_strided(packed), "contiguous"),
+        (rows_unaligned(packed), "aligned"),
+        (start_unaligned(packed), "aligned"),
+        (torch.cat([packed, packed], -1)[..., :72], "contiguous within"),
+    ):
+        assert_rejected(op, arguments | {"page_metadata": wrong}, f"page_metadata.*{message}")
+    OPS[op](**arguments | {"page_metadata": packed})
 
 
 @pytest.mark.parametrize("op", ["append", "update", "attend", "quest", "scores"])

@@ -48,13 +48,17 @@ def bench():
 
 def test_floors_are_those_of_hand_computed_bytes(bench):
     cases = {case.name: case for case in bench.cases.CASES}
-    mha, wide, narrow = cases["mha-32k-b1"], bench.cases.Pages(16), bench.cases.Pages(16, eight_bit=True)
+    mha, wide, narrow = cases["mha-32k-b1"], bench.cases.Pages(16), bench.cases.Pages(16, 8)
     vectors = 32 * 128 * 2  # bytes of a token's keys
     query_and_out = 2 * vectors
     metadata, kept, all_kv = 2 * 2048 * vectors, 2 * 2048 * vectors, 2 * 32768 * vectors
     assert bench.cases.counted_bytes(mha, "quest", wide) == metadata + kept + query_and_out
     assert bench.cases.counted_bytes(mha, "quest", narrow) == metadata // 2 + kept + query_and_out
-    assert bench.cases.counted_bytes(mha, "quest", bench.cases.DEFAULT_PAGES) == metadata + kept + query_and_out
+    assert bench.cases.counted_bytes(mha, "quest", bench.cases.Pages(8, 8)) == metadata + kept + query_and_out
+    for size in (16, 8, 4):  # a scale of 16 bits for 32 numbers of 4
+        pages = bench.cases.PAGES[f"pages of {size}, 4-bit"]
+        packed = metadata * 16 // size * 9 // 32
+        assert bench.cases.counted_bytes(mha, "quest", pages) == packed + kept + query_and_out
     assert bench.cases.counted_bytes(mha, "dense", wide) == all_kv + query_and_out
     for name, pages, floor in (
         ("mha-32k-b1", wide, 25.1), ("mha-32k-b1", narrow, 19.4), ("mha-128k-b1", wide, 59.2),
@@ -147,13 +151,15 @@ def test_quick_run_on_the_cpu_writes_rows_and_a_figure(tmp_path):
     """In a process of its own, as the scripts are run."""
     pytest.importorskip("matplotlib")
     files = "--json", tmp_path / "k.json", "--figure", tmp_path / "k.png"
-    command = [sys.executable, ROOT / "benchmarks/kernels.py", "--quick", "--case", "cpu-4k-b1-fp32", *files]
+    kinds = "--pages", "pages of 16", "--pages", "pages of 8, 8-bit", "--pages", "pages of 4, 4-bit"
+    command = [sys.executable, ROOT / "benchmarks/kernels.py", "--quick", "--case", "cpu-4k-b1-fp32", *kinds, *files]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "k.json").read_text())
     assert {"gpu", "torch", "command", "csrc_tree", "rows"} <= set(record)
     assert len({(row["path"], row["page_size"], row["metadata"]) for row in record["rows"]}) == len(record["rows"])
+    assert {(row["page_size"], row["metadata"]) for row in record["rows"]} == {(16, "32"), (8, "8"), (4, "4")}
     for row in record["rows"]:
         assert set(row) >= ROW_KEYS and row["us"] > 0 and math.isfinite(row["gbps"])
         assert row["ratio"] == pytest.approx(row["sdpa_us"] / row["us"])
@@ -205,8 +211,10 @@ def small_decoder(bench, name):
 def test_all_attentions_are_compared_in_every_layer_before_they_are_timed(bench, name, monkeypatch):
     model = small_decoder(bench, name)
     quests = [pages_of_16(), pages_of_16(dense_layers=(0,)), QuestConfig()]
+    eight_bit = QuestConfig(metadata_dtype=torch.float8_e4m3fn)
+    quests += [eight_bit, QuestConfig(**bench.end_to_end.POLICIES["pages-of-4"])]
     entries = bench.end_to_end.entries_of(["quest", "dense", "sdpa"], quests)
-    assert len(entries) == 5
+    assert len(entries) == 7
     bench.end_to_end.check(model, entries)
 
     class Wrong(bench.decoders.PagedAttention):
@@ -289,7 +297,7 @@ def test_the_ratio_is_to_flashinfer_where_there_and_the_shares_add_up(bench):
         assert [rows[0][f"{part}_share"] for part in bench.end_to_end.SHARES] == pytest.approx([0.5, 0.4, 0.1])
         names = [bench.figures.label_of(row) for row in rows]
         assert names[:2] == ["quest", "quest, 8-bit metadata, 2 dense layers, select every 4"]
-        assert names[2] == "quest, 8-bit metadata, pages of 8" and len(names) == len(present)
+        assert names[2] == "quest, 4-bit metadata, pages of 8" and len(names) == len(present)
         assert [(row["page_size"], row["bound"]) for row in rows[1:3]] == [(16, "minmax"), (8, "principal")]
         older = {key: rows[0][key] for key in ("attention", "metadata", "dense_layers")}
         assert bench.figures.label_of(older) == names[0]
@@ -341,9 +349,9 @@ def test_quick_end_to_end_run_writes_rows_and_a_figure(bench, monkeypatch, tmp_p
     assert {"gpu", "torch", "command", "csrc_tree", "threads", "rows"} <= set(record)
     keys = "attention", "page_size", "bound", "metadata", "dense_layers", "select_every"
     assert sorted(tuple(row[key] for key in keys) for row in record["rows"]) == [
-        ("quest", 8, "principal", "8", 2, 1),
-        ("quest", 8, "principal", "8", 2, 2),
-        ("sdpa", 8, "principal", "8", 2, 1),
+        ("quest", 8, "principal", "4", 2, 1),
+        ("quest", 8, "principal", "4", 2, 2),
+        ("sdpa", 8, "principal", "4", 2, 1),
     ]
     for row in record["rows"]:
         ms, without, products = (row[name] for name in ("ms", "without_attention_ms", "products_ms"))
@@ -458,7 +466,7 @@ def one_token_a_step(documents, config, blank, continuation, runs_of=lambda atte
     model, prefix = documents.model, documents.prefixes[continuation.document]
     shape = model.config
     cache = PagedKVCache(
-        shape.num_hidden_layers, shape.num_key_value_heads, shape.head_dim, 40, page_size=config.page_size,
+        shape.num_hidden_layers, shape.num_key_value_heads, shape.head_dim, 80, page_size=config.page_size,
         pages_per_block=1, dtype=model.dtype, metadata_dtype=config.metadata_dtype,
     )  # fmt: skip
     attention = QuestAttention(config, cache, shape.num_attention_heads, max_batch_size=1, max_sequence_tokens=300)
@@ -590,7 +598,7 @@ def test_policies_fill_equal_budgets(bench):
             assert config.page_budget * config.page_size == budget
             if policy.recent_only:
                 assert config.sink_pages + config.recent_pages == config.page_budget - 1
-    assert {policy.metadata_bytes for policy in bench.policies.POLICIES} == {0, 1, None}
+    assert {policy.metadata_bytes for policy in bench.policies.POLICIES} == {0, 0.5625, 1, 1.125, None}
     assert bench.policies.POLICIES[0].config(256) == QuestConfig.paper(token_budget=256, dense_below=256)
 
 
@@ -606,7 +614,7 @@ def test_budgets_by_head_are_compared_beside_the_policy_they_were_measured_with(
     """Through the same decode steps, and fidelity counts the same choice of pages."""
     pairs = bench.accuracy.compared(bench.policies.POLICIES, [128, 512], [budgets_file])
     assert len(pairs) == 2 * len(bench.policies.POLICIES) + 1
-    layouts = [(policy.page_size, policy.eight_bit) for policy, _ in pairs]
+    layouts = [(policy.page_size, policy.metadata_bits) for policy, _ in pairs]
     assert layouts == sorted(layouts, reverse=True)  # those of a cache stand together
     ((policy, budget),) = [(p, b) for p, b in pairs if p.head_budgets]
     assert (policy.name, budget, policy.metadata_bytes) == ("mean_std 1, pages of 8, 8-bit, by head", 128, 1)
@@ -632,21 +640,21 @@ def test_budgets_by_head_that_cannot_be_compared_are_named(bench, budgets_file):
 
 
 def test_budgets_by_head_stand_beside_the_named_policies_alone(bench, budgets_file, monkeypatch):
-    names = "principal 1, pages of 8, 8-bit, select every 2", "minmax"
+    names = "principal 1, pages of 8, 4-bit, select every 2", "minmax"
     arguments = "--quick", "--budget", "128", "--policy", *names, "--head-budgets", budgets_file
     monkeypatch.setattr(sys, "argv", ["accuracy.py", "needles", *map(str, arguments)])
     pairs = bench.accuracy.parse().compared
     assert [(policy.name, policy.select_every, budget) for policy, budget in pairs] == [
         ("minmax", 1, 128),
-        ("principal 1, pages of 8, 8-bit, select every 2", 2, 128),
         ("mean_std 1, pages of 8, 8-bit, by head", 1, 128),
+        ("principal 1, pages of 8, 4-bit, select every 2", 2, 128),
     ]
 
 
 def test_quick_accuracy_run_writes_rows_and_a_figure(smollm2, run_script, tmp_path):
     pytest.importorskip("matplotlib")
     files = "--json", tmp_path / "a.json", "--figure", tmp_path / "a.png"
-    policies = "sink + recent", "mean_std 1, pages of 8, 8-bit"
+    policies = "sink + recent", "mean_std 1, pages of 8, 8-bit", "principal 1, pages of 4, 4-bit"
     settings = "--context", "240", "--budget", "128", "--policy", *policies
     done = run_script("accuracy.py", "passkey", "--quick", *settings, *files)
     assert done.returncode == 0, done.stderr
@@ -715,10 +723,10 @@ def test_accuracy_says_in_one_line_what_it_cannot_do(run_script, arguments, mess
 
 def test_fidelity_is_not_of_policies_that_keep_pages(run_script):
     done = run_script(
-        "accuracy.py", "fidelity", "--quick", "--policy", "minmax", "principal 1, pages of 8, 8-bit, select every 2"
+        "accuracy.py", "fidelity", "--quick", "--policy", "minmax", "principal 1, pages of 8, 4-bit, select every 2"
     )
     assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith(
-        "not of 'principal 1, pages of 8, 8-bit, select every 2'"
+        "not of 'principal 1, pages of 8, 4-bit, select every 2'"
     )
 
 
@@ -811,17 +819,18 @@ def a_single_nan(op, *arguments):
     return out, lse
 
 
-@pytest.mark.parametrize("number", [0, 1])
+KINDS = pytest.mark.parametrize("kind", ["pages of 16", "pages of 8, 8-bit", "pages of 4, 4-bit"])
+
+
+@KINDS
 @torch.inference_mode()
-def test_a_wrong_choice_and_a_wrong_output_are_reported(bench, monkeypatch, device, number):
-    pages = bench.recorded.PAGES[number]
+def test_a_wrong_choice_and_a_wrong_output_are_reported(bench, monkeypatch, device, kind):
+    pages = bench.cases.PAGES[kind]
     monkeypatch.setattr(bench.cases.Layers, "OVERFLOW_BYTES", 1)  # on a GPU: few layers
     layers = small_recorded_layers(bench, pages, device=device)
     for keys, metadata in zip(layers.k, layers.metadata(pages)):
         expected, starts = torch.zeros_like(metadata), torch.zeros_like(layers.lens)
-        quest_ops.reference.update_page_metadata(
-            keys, expected, layers.table, layers.lens, starts, bound=("minmax", "principal")[number]
-        )
+        quest_ops.reference.update_page_metadata(keys, expected, layers.table, layers.lens, starts, bound=pages.bound)
         assert torch.equal(metadata.view(torch.uint8), expected.view(torch.uint8))
     right, op = bench.exactness.summary(layers, pages), quest_ops.quest_decode_attention
     assert bench.exactness.is_exact(right) and right["other_choices"] == right["differing"] == 0
@@ -842,10 +851,10 @@ def test_a_wrong_choice_and_a_wrong_output_are_reported(bench, monkeypatch, devi
             assert math.isnan(found["error"]) == (wrong is a_single_nan)
 
 
-@pytest.mark.parametrize("number", [0, 1])
+@KINDS
 @torch.inference_mode()
-def test_only_rounding_excuses_another_choice(bench, number):
-    pages = bench.recorded.PAGES[number]
+def test_only_rounding_excuses_another_choice(bench, kind):
+    pages = bench.cases.PAGES[kind]
     layers = small_recorded_layers(bench, pages, torch.float32)
     parts = 16 // pages.size
 
@@ -864,7 +873,7 @@ def test_only_rounding_excuses_another_choice(bench, number):
     for always in (0, -(-587 // pages.size) - 1):
         bounds(always).copy_(bounds(a))
         assert not tie([always], [9])
-    if not pages.eight_bit:
+    if not pages.bits:
         bounds(9).mul_(1 + 1e-6)
         assert tie([a], [9]) and tie([9], [a])
         bounds(9).mul_(1 + 1e-3)
@@ -935,7 +944,7 @@ def test_quick_recorded_run_writes_rows(smollm2, run_script, tmp_path):
     settings = [(row["case"], row["page_size"], row["metadata"], row["bound"]) for row in record["rows"]]
     assert settings == [
         ("512-b2", 16, "16", "minmax"),
-        ("512-b2", 8, "8", "principal"),
+        ("512-b2", 8, "4", "principal"),
     ]
     for row in record["rows"]:
         assert row["ratio"] == pytest.approx(row["recorded_us"] / row["random_us"]) and 0 < row["error"] <= 1

@@ -10,7 +10,9 @@ from quest_ops import QuestConfig
 from quest_ops.calibration import calibrate, head_errors, share_out
 
 CONFIG = small_config(vocab_size=100)
-QUEST = QuestConfig(page_size=8, token_budget=64, sink_tokens=8, recent_tokens=8, bound="mean_std")
+QUEST = QuestConfig(
+    page_size=8, token_budget=64, sink_tokens=8, recent_tokens=8, bound="mean_std", metadata_dtype=torch.float8_e4m3fn
+)
 SIZES = {"context": 180, "windows": 2, "steps": 20}
 
 

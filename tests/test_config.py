@@ -15,7 +15,7 @@ def test_lengths_become_whole_pages():
 
 def test_defaults_are_what_the_tables_chose():
     config = QuestConfig()
-    assert (config.page_size, config.metadata_dtype) == (8, torch.float8_e4m3fn)
+    assert (config.page_size, config.metadata_dtype) == (8, torch.uint8)
     assert (config.bound, config.bound_scale, config.select_every) == ("principal", 1.0, 1)
     assert (config.token_budget, config.sink_tokens, config.recent_tokens) == (2048, 16, 64)
     assert (config.page_budget, config.sink_pages, config.recent_pages) == (256, 2, 8)
@@ -29,11 +29,11 @@ def test_the_defaults_of_config_and_cache_fit_each_other():
     assert cache.block_size == config.block_size == 16 and cache.metadata_dtype == config.metadata_dtype
     papers = PagedKVCache(1, 1, 64, 4, page_size=16, pages_per_block=1, metadata_dtype=None)
     QuestAttention(QuestConfig.paper(dense_layers=()), papers, 1, max_batch_size=1, max_sequence_tokens=64)
-    assert papers.metadata_bytes == cache.metadata_bytes == cache.kv_bytes / 16
+    assert papers.metadata_bytes == papers.kv_bytes / 16 == cache.metadata_bytes * 16 / 9
 
 
 def test_blocks_have_16_tokens_or_one_page():
-    assert [QuestConfig(page_size=n).block_size for n in PAGE_SIZES] == [16, 16, 32, 64, 128]
+    assert [QuestConfig(page_size=n).block_size for n in PAGE_SIZES] == [16, 16, 16, 32, 64, 128]
 
 
 def test_paper_is_as_the_paper_says():
@@ -50,21 +50,23 @@ def test_paper_is_as_the_paper_says():
 @pytest.mark.parametrize(
     ("tokens", "budget", "page_size", "token_budget"),
     [
-        (1, 2048, 8, 2048),
-        (32768, 2048, 8, 2048),  # 16 budgets
-        (32769, 2048, 16, 3072),
-        (131072, 2048, 16, 6144),  # 64
-        (131073, 2048, 32, 8192),
-        (131072, 512, 32, 6656),
-        (2**20, 2048, 32, 51200),
+        (1, 2048, 4, 2048),
+        (16384, 2048, 4, 1472),  # 8 budgets
+        (16385, 2048, 8, 2048),
+        (32768, 2048, 8, 2048),  # 16
+        (32769, 2048, 16, 2624),
+        (131072, 2048, 16, 4352),  # 64
+        (131073, 2048, 32, 5504),
+        (131072, 512, 32, 3968),
+        (2**20, 2048, 32, 29696),
     ],
 )
 def test_longer_contexts_have_larger_pages_and_budgets_of_as_many_bytes(tokens, budget, page_size, token_budget):
     config = QuestConfig.for_context(tokens, budget, recent_tokens=128)
     assert (config.page_size, config.token_budget, config.recent_tokens) == (page_size, token_budget, 128)
-    assert (config.bound, config.metadata_dtype) == ("principal", torch.float8_e4m3fn)
-    read = config.token_budget + tokens / (2 * page_size)  # in tokens' K and V of 16 bits
-    assert abs(read - (budget + tokens / 16)) <= 1
+    assert (config.bound, config.metadata_dtype) == ("principal", torch.uint8)
+    read = config.token_budget + tokens / page_size * 9 / 32  # in tokens' K and V of 16 bits
+    assert abs(read - (budget + tokens / 8 * 9 / 32)) <= 1
 
 
 def test_for_context_takes_no_page_size():
@@ -143,7 +145,7 @@ def test_bad_settings_are_named(settings, error, named):
 
 
 def test_metadata_may_have_the_dtype_of_a_cache_or_8_bits():
-    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.uint8):
         assert QuestConfig(metadata_dtype=dtype).metadata_dtype == dtype
 
 

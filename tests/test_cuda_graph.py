@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import (
     FP8,
+    INT4,
     Shape,
     assert_same_bits,
     build,
@@ -90,10 +91,11 @@ SHAPES = [
     Shape((0, 0), 64, group=4, head_dim=128, dtype=torch.bfloat16),
     Shape((0, 0, 0), 40, 16, 2, 4, 2, 3, head_dim=64, layout="vllm"),
     Shape((0, 0), 64, group=4, head_dim=128, dtype=torch.bfloat16, metadata_dtype=FP8),
+    Shape((0, 0), 64, 4, 4, group=4, head_dim=128, dtype=torch.bfloat16, metadata_dtype=INT4),
 ]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=["one row", "four rows", "8-bit metadata"])
+@pytest.mark.parametrize("shape", SHAPES, ids=["one row", "four rows", "8-bit metadata", "pages of 4, 4-bit metadata"])
 def test_replay_with_growing_lengths_equals_eager(shape):
     """Captured on empty slots, replayed over page, block and budget boundaries; one slot pauses and comes back."""
     eager, captured = Decode(shape), Decode(shape)

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from cases import FP8, assert_same_bits
+from cases import FP8, INT4, assert_same_bits, fill_nan
 from decode_problem import Problem, new_workspace
 
 import quest_ops
 from quest_ops import reference
 
-METADATA = pytest.mark.parametrize("metadata_dtype", [None, FP8], ids=["16 bits", "8 bits"])
+METADATA = pytest.mark.parametrize("metadata_dtype", [None, FP8, INT4], ids=["16 bits", "8 bits", "4 bits"])
 
 
 class Step:
@@ -68,7 +68,7 @@ def lengths_of(page):
 
 
 @METADATA
-@pytest.mark.parametrize("page, parts", [(8, 1), (8, 2), (16, 1), (16, 3), (32, 1), (128, 1)])
+@pytest.mark.parametrize("page, parts", [(4, 1), (4, 4), (8, 1), (8, 2), (16, 1), (16, 3), (32, 1), (128, 1)])
 def test_as_the_two_ops(device, page, parts, metadata_dtype):
     for layout, bound in (("NHD", "minmax"), ("HND", "mean_std"), ("NHD", "principal")):
         sizes = {"page": page, "parts": parts, "layout": layout, "metadata_dtype": metadata_dtype, "max_pages": 42}
@@ -150,6 +150,9 @@ def test_wrong_tokens_write_nothing(device, wrong):
         (1, 8, 4, 131072, 16, 128),
         (1, 32, 1, 32768, 8, 128),
         (1, 8, 4, 60000, 8, 256),
+        (1, 8, 4, 131072, 4, 128),
+        (1, 32, 1, 32768, 4, 128),
+        (8, 8, 4, 9000, 4, 64),
         (8, 8, 4, 9000, 16, 128),
         (16, 16, 2, 2000, 8, 64),  # a team of one launch each, and few blocks to spare
         (3, 44, 2, 2000, 16, 64),  # none to spare on 132 multiprocessors: two launches
@@ -166,7 +169,8 @@ def test_shapes_of_models(batch, kv_heads, group, tokens, page, head_dim, metada
 
 def growing_rows(metadata_dtype, steps, first=1000):
     """A problem of two requests, their caches before `steps` tokens come to each, and these: (key, value, lengths)."""
-    sizes = {"page": 8, "parts": 2, "layout": "HND", "metadata_dtype": metadata_dtype}
+    page = 4 if metadata_dtype == INT4 else 8
+    sizes = {"page": page, "parts": 16 // page, "layout": "HND", "metadata_dtype": metadata_dtype}
     problem = Problem([first + steps, first - 300 + steps], 4, 4, 128, **sizes, device="cuda")
     tokens = []
     for back in reversed(range(steps)):
@@ -174,7 +178,7 @@ def growing_rows(metadata_dtype, steps, first=1000):
         step = Step(problem)
         tokens.append((step.key.clone(), step.value.clone(), problem.lens.clone()))
     caches = problem.k.clone(), problem.v.clone(), problem.metadata.clone()
-    caches[2].view(torch.uint8).fill_(0xFF)
+    fill_nan(caches[2])
     known = tokens[0][2] - 1
     quest_ops.update_page_metadata(caches[0], caches[2], problem.table, known, torch.zeros_like(known))
     return problem, caches, tokens
@@ -211,7 +215,7 @@ def test_a_replayed_step_appends_and_sees_one_token_after_the_other(metadata_dty
         assert_same_bits(lse, expected[1])
     assert_same_bits(caches[0], problem.k)
     assert_same_bits(caches[1], problem.v)
-    rebuilt = torch.full_like(problem.metadata.view(torch.uint8), 0xFF).view(problem.metadata.dtype)
+    rebuilt = fill_nan(torch.empty_like(problem.metadata))
     quest_ops.update_page_metadata(problem.k, rebuilt, problem.table, problem.lengths, torch.zeros_like(lens))
     assert_same_bits(caches[2], rebuilt)
 

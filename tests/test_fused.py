@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from cases import FP8, LAYOUTS, Shape, assert_attention_close, assert_same_bits, build
+from cases import FP8, INT4, LAYOUTS, Shape, assert_attention_close, assert_same_bits, build
 from decode_problem import Problem, assert_close, assert_fused_equals_separate, assert_one_launch, new_workspace
 
 import quest_ops
@@ -14,7 +14,8 @@ HAS_TEAMS = torch.cuda.is_available() and torch.cuda.get_device_capability() >= 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_TEAMS, reason="needs compute capability 9.0")]
 
 DEVICE = "cuda"
-METADATA = pytest.mark.parametrize("metadata_dtype", [None, FP8], ids=["16 bits", "8 bits"])
+PAGES_AND_PARTS = (4, 1), (4, 4), (4, 8), (8, 1), (8, 2), (8, 8), (16, 1), (16, 3), (32, 1), (64, 2), (128, 1)
+METADATA = pytest.mark.parametrize("metadata_dtype", [None, FP8, INT4], ids=["16 bits", "8 bits", "4 bits"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 LONGEST = 2**17  # pages that one launch takes
 # Where the kernel's instantiation and exchange (2,048 and 4,096 pages) or its rounds (1,024) change.
@@ -40,15 +41,15 @@ def teams_of(size):
 @pytest.mark.parametrize("bound", ["minmax", "principal"])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_every_instantiation(head_dim, bound, dtype, metadata_dtype):
-    for pages in (300, 3000, 6000, 12_000):
-        sizes = {"page": 8, "head_dim": head_dim, "dtype": dtype, "metadata_dtype": metadata_dtype, "bound": bound}
-        problem = Problem([8 * pages - 5], 2, 4, **sizes, device=DEVICE)
+    for page, pages in ((8, 300), (8, 3000), (8, 6000), (8, 12_000), (4, 300), (4, 6000)):
+        sizes = {"page": page, "head_dim": head_dim, "dtype": dtype, "metadata_dtype": metadata_dtype, "bound": bound}
+        problem = Problem([page * pages - 3], 2, 4, **sizes, device=DEVICE)
         assert_fused_equals_separate(problem, 70)
         assert_close(problem.fused(70), problem.separate(70))  # without a workspace
 
 
 @METADATA
-@pytest.mark.parametrize("page, parts", [(8, 1), (8, 2), (8, 8), (16, 1), (16, 3), (32, 1), (64, 2), (128, 1)])
+@pytest.mark.parametrize("page, parts", PAGES_AND_PARTS)
 def test_every_page_size(page, parts, metadata_dtype):
     for layout, max_pages in (("NHD", 48), ("HND", 1008)):
         lengths = lengths_below(page * max_pages - 3, 4)

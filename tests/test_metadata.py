@@ -6,6 +6,7 @@ from cases import (
     BOUNDS,
     FP8,
     HEAD_DIMS,
+    INT4,
     LAYOUTS,
     METADATA_DTYPES,
     Shape,
@@ -14,6 +15,7 @@ from cases import (
     dtypes,
     make_block_table,
     make_metadata,
+    numbers_of,
     shapes,
     slots_of,
 )
@@ -22,6 +24,7 @@ from hypothesis import strategies as st
 
 import quest_ops
 from quest_ops import reference
+from quest_ops.config import metadata_shape
 
 
 def update(case, page_metadata, start_lens, request_lens=None, **bound):
@@ -35,7 +38,7 @@ def test_update_is_its_twin_and_leaves_earlier_pages(device, data):
     case = build(shape, device)
     starts = [data.draw(st.integers(0, length + 20)) for length in shape.lengths]
     starts = torch.tensor(starts, dtype=torch.int32)
-    metadata, expected = make_metadata(shape, device).fill_(-3), make_metadata(shape, "cpu").fill_(-3)
+    metadata, expected = make_metadata(shape, device).fill_(3), make_metadata(shape, "cpu").fill_(3)
     update(case, metadata, starts.to(device), **shape.bound_options)
     host = case.on("cpu")
     tables = host.block_table, host.request_lens
@@ -58,10 +61,10 @@ def test_update_covers_only_pages_that_hold_a_token_of_the_span(device):
 
 @pytest.mark.parametrize("metadata_dtype", METADATA_DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("page_size, pages_per_block", [(8, 8), (16, 3), (128, 1)])
+@pytest.mark.parametrize("page_size, pages_per_block", [(4, 8), (8, 8), (16, 3), (128, 1)])
 @pytest.mark.parametrize("bound", BOUNDS[:3])
 def test_update_equals_append(device, layout, page_size, pages_per_block, metadata_dtype, bound):
-    sizes = {"lengths": (300, 129), "max_blocks": 7, "page_size": page_size, "pages_per_block": pages_per_block}
+    sizes = {"lengths": (300, 129), "max_blocks": 10, "page_size": page_size, "pages_per_block": pages_per_block}
     for dtype in dtypes(device):
         shape = Shape(**sizes, head_dim=128, dtype=dtype, layout=layout, metadata_dtype=metadata_dtype, bound=bound)
         case = build(shape, device)
@@ -113,9 +116,11 @@ def test_nan_keys_stay_nan_in_their_channel(device, metadata_dtype, bound):
     case.k_cache[block, 5, 1, 9] = torch.nan
     metadata = make_metadata(shape, device)
     update(case, metadata, torch.zeros_like(case.request_lens), **shape.bound_options)
-    assert metadata[block, 1, 0, :, 9].isnan().all()
-    unknown = 2 * 64 if bound[0] == "principal" else 2  # an axis is of all channels
-    assert metadata[case.block_table[0].long()].isnan().sum() == unknown
+    numbers = numbers_of(metadata)
+    assert numbers[block, 1, 0, :, 9].isnan().all()
+    # An axis is of all channels, a scale of 32.
+    unknown = 2 * 64 if bound[0] == "principal" else 2 * 32 if metadata_dtype == INT4 else 2
+    assert numbers[case.block_table[0].long()].isnan().sum() == unknown
 
 
 def every_number(dtype):
@@ -157,11 +162,12 @@ def test_8_bit_bounds_of_every_number_are_the_nearest_outward(device):
 
 
 def metadata_of(keys, device, bound, metadata_dtype, op=quest_ops.update_page_metadata):
-    """lo and hi `[n, 2, D]` of n pages that hold `keys` `[n, tokens, D]`."""
+    """lo and hi `[n, 2, D]`, in 4 bits `[n, 9 * D / 8]`, of n pages that hold `keys` `[n, tokens, D]`."""
     count, tokens, dim = keys.shape
     k_cache = torch.full((count, 128, 1, dim), torch.nan, dtype=keys.dtype)
     k_cache[:, :tokens, 0] = keys
-    metadata = torch.zeros(count, 1, 1, 2, dim, device=device).to(metadata_dtype or keys.dtype)
+    dtype = metadata_dtype or keys.dtype
+    metadata = torch.zeros(count, 1, 1, *metadata_shape(dtype, dim), device=device).to(dtype)
     lens = torch.full((count,), tokens, dtype=torch.int32)
     inputs = torch.arange(count, dtype=torch.int32)[:, None], lens, torch.zeros_like(lens)
     op(k_cache.to(device), metadata, *(x.to(device) for x in inputs), bound=bound[0], bound_scale=bound[1])
@@ -235,7 +241,7 @@ def test_mean_bounds_past_the_largest_number_saturate_or_are_infinite(device):
         for metadata_dtype in METADATA_DTYPES:
             expected = metadata_of(keys, "cpu", bound, metadata_dtype, reference.update_page_metadata)
             assert_same_bits(metadata_of(keys, device, bound, metadata_dtype), expected)
-            assert expected[:, 0].isnan().all()
+            assert numbers_of(expected)[:, 0].isnan().all()
 
 
 def test_8_bit_mean_bounds_of_every_number_are_the_nearest(device):
@@ -257,3 +263,53 @@ def test_8_bit_mean_bounds_of_every_number_are_the_nearest(device):
         nearest = torch.where(up, grid[above], grid[below])
         assert torch.equal(lo, nearest.copysign(key))
         assert not lo[lo == 0].signbit().any()
+
+
+def test_4_bit_bounds_of_every_number(device):
+    """A page of one token: minimum and maximum are the nearest multiples of their scale outward, a mean is the nearest
+    one, ties to even; they saturate at 7 * 65504. A NaN hides the 32 numbers of its scale, a zero is +0."""
+    for dtype in dtypes(device):
+        key = every_number(dtype).view(-1, 1, 64)
+        key = torch.cat([key[: len(key) // 2], key.flatten()[torch.randperm(key.numel())].view_as(key)])
+        for bound in (BOUNDS[0], BOUNDS[1]):
+            packed = metadata_of(key, device, bound, INT4)
+            assert_same_bits(packed, metadata_of(key, "cpu", bound, INT4, reference.update_page_metadata))
+            numbers = numbers_of(packed.cpu()).unflatten(-1, (-1, 32)).double()  # [n, 2, D / 32, 32]
+            x = key[:, 0].unflatten(-1, (-1, 32)).double()
+            known = x.isfinite().all(-1) if bound == BOUNDS[1] else ~x.isnan().any(-1)  # no mean is infinite
+            lo, hi = numbers.unbind(1)
+            assert torch.equal(lo.isnan(), ~known[..., None].expand_as(lo)) and torch.equal(hi.isnan(), lo.isnan())
+            x, lo, hi = x[known], lo[known], hi[known]
+            largest = x.abs().amax(-1, keepdim=True)
+            scale = packed[:, 64:].cpu().view(torch.float16).unflatten(-1, (2, -1)).double()
+            assert torch.equal(scale[:, 0][known], scale[:, 1][known])
+            scale = scale[:, 0][known][:, None]
+            assert (7 * scale >= largest.clamp(max=7 * 65504)).all()
+            # To eleven bits, and one in the last place of them upward.
+            assert (7 * scale <= largest * (1 + 2**-10) + 7 * 2**-24).all()
+            within = x.clamp(-7 * 65504, 7 * 65504)
+            down = torch.where(scale > 0, (within / scale).floor() * scale, 0)
+            up = torch.where(scale > 0, (within / scale).ceil() * scale, 0)
+            if bound == BOUNDS[0]:
+                assert torch.equal(lo, down) and torch.equal(hi, up)
+            else:
+                assert torch.equal(lo, hi) and ((lo == down) | (lo == up)).all()
+                assert ((lo - within).abs() <= scale / 2 * (1 + 1e-6)).all()
+            assert not lo[lo == 0].signbit().any() and not hi[hi == 0].signbit().any()
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_4_bit_numbers_are_where_params_h_says(device, head_dim):
+    """Channel 32 c + 8 t + i is 4 bits of word `packed_word(D, c, t)` of its vector; then come the scales."""
+    keys = torch.randn(1, 1, head_dim, generator=torch.Generator().manual_seed(head_dim))
+    page = bytes(metadata_of(keys.half(), device, BOUNDS[0], INT4)[0].tolist())
+    numbers = numbers_of(torch.tensor([list(page)], dtype=torch.uint8))[0]
+    scales = torch.frombuffer(bytearray(page[head_dim:]), dtype=torch.float16).view(2, -1)
+    together = min(head_dim // 32, 4)
+    for vector in range(2):
+        words = memoryview(page[vector * head_dim // 2 : (vector + 1) * head_dim // 2]).cast("I")
+        for channel in range(head_dim):
+            c, t, i = channel // 32, channel // 8 % 4, channel % 8
+            word = words[c // together * 4 * together + t * together + c % together]
+            code = (word >> (i % 2 * 16 + i // 2 * 4) & 15) - 8
+            assert -7 <= code <= 7 and numbers[vector, channel] == code * scales[vector, c].float()

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from cases import FP8, Shape, build, fused_slices, make_block_table, make_metadata, slots_of
+from cases import FP8, INT4, Shape, build, fused_slices, make_block_table, make_metadata, slots_of
 
 import quest_ops  # noqa: F401
 
@@ -77,10 +77,11 @@ def test_opcheck(device, op, shape):
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if not op.startswith(("select", "sparse"))])
-def test_opcheck_with_8_bit_metadata(device, op):
+@pytest.mark.parametrize("metadata_dtype", [FP8, INT4])
+def test_opcheck_with_narrow_metadata(device, op, metadata_dtype):
     # Without test_schema, which compares inputs by arithmetic that torch lacks in 8 bits; the schema is the same one.
     checks = "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"
-    for args, kwargs in samples(op, dataclasses.replace(SHAPES[0], metadata_dtype=FP8), device):
+    for args, kwargs in samples(op, dataclasses.replace(SHAPES[0], metadata_dtype=metadata_dtype), device):
         torch.library.opcheck(getattr(torch.ops.quest_ops, op).default, args, kwargs, test_utils=checks)
 
 

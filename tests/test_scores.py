@@ -15,8 +15,11 @@ from cases import (
     assert_same_bits,
     build,
     dtypes,
+    fill_nan,
+    numbers_of,
     pages_of_rows,
     score_tolerance,
+    set_nan,
     shapes,
 )
 from hypothesis import given
@@ -58,7 +61,7 @@ def test_scores_are_the_twins(device, data):
 def test_every_instantiation(device, head_dim, head_reduction, metadata_dtype):
     for i, group in enumerate(GROUPS):
         for dtype in dtypes(device):
-            sizes = (300, 21), 24, PAGE_SIZES[i % 2], 2, 3, 2, group, head_dim, dtype
+            sizes = (300, 21), 40, PAGE_SIZES[i % 3], 2, 3, 2, group, head_dim, dtype
             for bound in (BOUNDS[0], PRINCIPAL):
                 shape = Shape(*sizes, seed=i, metadata_dtype=metadata_dtype, bound=bound)
                 assert_scores_are_the_twins(build(shape, device), shape, head_reduction)
@@ -88,6 +91,31 @@ def test_every_8_bit_number_is_read_exactly(device):
                 lens = torch.tensor([256 * 8], dtype=torch.int32, device=device)
                 scores = quest_ops.estimate_page_scores(query, metadata, table, lens, 8, "max")
                 assert_same_bits(scores[0, 0], sign * bounds.float() + 0.0)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_every_4_bit_code_and_scale_is_read_exactly(device, head_dim):
+    """Subnormal scales and NaN too: a query of one channel scores that channel's number."""
+    generator = torch.Generator().manual_seed(head_dim)
+    scales = torch.cat([torch.arange(0x7C00), torch.tensor([0x7E00])]).short().view(torch.float16)
+    scales = scales[torch.randperm(len(scales), generator=generator)]
+    codes = torch.randint(1, 16, (2, len(scales), head_dim), generator=generator)
+    pages = torch.cat([(codes[0] | codes[1] << 4).to(torch.uint8), torch.zeros(len(scales), head_dim // 8).byte()], -1)
+    pages[:, head_dim:].view(torch.float16)[:] = scales[:, None]
+    table = torch.arange(len(scales), dtype=torch.int32, device=device)[None]
+    lens = torch.tensor([len(scales) * 8], dtype=torch.int32, device=device)
+    numbers = numbers_of(pages)
+    for dtype in dtypes(device):
+        for channel in (0, 9, 23, head_dim - 1):
+            for sign in (-1, 1):
+                query = torch.zeros(1, 1, head_dim, dtype=dtype, device=device)
+                query[..., channel] = sign
+                inputs = query, pages[:, None, None].to(device), table, lens, 8, "max"
+                scores = quest_ops.estimate_page_scores(*inputs)
+                expected = sign * numbers[:, (sign + 1) // 2, channel] + 0.0
+                assert_same_bits(scores[0, 0], expected)
+                scores = quest_ops.estimate_page_scores(*inputs, bound="principal")
+                assert_same_bits(scores[0, 0], (sign * numbers[:, :, channel] + 0.0).amax(1))
 
 
 @pytest.mark.parametrize("metadata_dtype", METADATA_DTYPES)
@@ -127,7 +155,7 @@ def test_a_page_of_nan_metadata_scores_nan(device, metadata_dtype):
     for head_reduction in HEAD_REDUCTIONS:
         shape = Shape((200,), 16, 16, group=4, metadata_dtype=metadata_dtype)
         case = build(shape, device)
-        case.page_metadata[int(case.block_table[0, 3])] = torch.nan
+        fill_nan(case.page_metadata[int(case.block_table[0, 3])])
         nan = scores_of(case, shape, head_reduction).isnan()
         assert nan[..., 3].all() and nan.sum() == nan[..., 3].numel()
 
@@ -141,7 +169,7 @@ def test_one_nan_survives_the_reduction(device, bound, group, metadata_dtype):
         shape = Shape((200,), 16, 16, group=group, metadata_dtype=metadata_dtype, bound=bound)
         case = build(shape, device)
         case.query[:, :, 5] = 0.0  # a product with zero must not hide it
-        case.page_metadata[int(case.block_table[0, 3]), 0, :, :, 5] = torch.nan
+        set_nan(case.page_metadata, int(case.block_table[0, 3]), 0, 5)
         nan = scores_of(case, shape, head_reduction).isnan()
         of_head = nan.size(1) // shape.kv_heads
         assert nan[:, :of_head, 3].all() and nan.sum() == of_head

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import OUT_TOLERANCE, assert_same_bits
+from cases import OUT_TOLERANCE, assert_same_bits, fill_nan
 from test_batching import LENGTHS, SAMPLED, alone, note_steps
 from test_budgets import BY_HEAD
 from test_generate import (
@@ -207,7 +207,7 @@ def test_steps_that_keep_pages_read_no_metadata(device):
     rows, outs = loop.rows(2), []
     for _ in range(2):  # a step may be repeated
         outs.append(attention.run(0, *rows))
-        cache.page_metadata(0).fill_(torch.nan)
+        fill_nan(cache.page_metadata(0))
     assert_same_bits(*outs)
 
 

@@ -59,7 +59,7 @@ def test_selection_is_exact_under_ties(device, data):
         scores = torch.randn(rows, heads, num_pages, generator=generator)
         scores = (scores * 3).round() if kind == "coarse" else scores
     pages = [data.draw(st.one_of(st.integers(0, num_pages), st.just(num_pages))) for _ in range(rows)]
-    page_size = data.draw(st.sampled_from([8, 16, 128]))
+    page_size = data.draw(st.sampled_from([4, 8, 16, 128]))
     seq_lens = lengths_of(pages, page_size, generator)
     sink, recent = data.draw(st.integers(0, 5)), data.draw(st.integers(1, 6))
     budget = sink + recent + data.draw(st.sampled_from([1, 2, 3, 5, 60, 128, 500]))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import FP8, assert_same_bits
+from cases import FP8, INT4, assert_same_bits
 from decode_problem import Problem, assert_close, new_workspace
 
 import quest_ops
@@ -35,13 +35,13 @@ def run_alone(scenario, **environment):
 
 
 class GrowingDecode:
-    """A decoder of four layers, each with pools of its own, that advances by itself: all it needs is on the device."""
+    """A decoder of five layers, each with pools of its own, that advances by itself: all it needs is on the device."""
 
     def __init__(self, tokens, device="cuda"):
         lengths = [1, 15, 500, 40]
         capacity = -(-(max(lengths) + tokens) // 16) * 16
         sizes = {"max_pages": capacity // 16, "device": device}
-        formats = (None, FP8, None, FP8)
+        formats = (None, FP8, None, FP8, INT4)
         self.layers = [Problem(lengths, 8, 4, metadata_dtype=f, seed=i, **sizes) for i, f in enumerate(formats)]
         self.lens = self.layers[0].lens
         for layer in self.layers:

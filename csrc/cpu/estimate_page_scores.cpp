@@ -7,12 +7,40 @@
 #include "isa.h"
 
 namespace quest::cpu::QUEST_CPU_ISA {
+// A number of a page that was in 4 bits: already in the cache.
+struct Unpacked {
+    float value;
+};
+inline Vec load(const Unpacked* p) { return load(&p->value); }
+inline void prefetch_row(const Unpacked*, int) {}
+
 namespace {
 
 constexpr int kChunkPages = 128;
 constexpr int kTilePages = 4;
 constexpr int kMaxTileHeads = kLanes == 16 ? 4 : 3;  // 4 pages by so many heads of sums fit in the registers
 constexpr int kPrefetchBytes = 4096;                 // so many in flight cover the latency
+constexpr int kUnpackedPages = 16;                   // of 4 bits: so many at once as float32, in the first cache
+
+// A page's lo and hi, [2 D].
+void unpack_page(const PackedInt4* page, int head_dim, Unpacked* numbers) {
+    const int groups = head_dim / kScaledChannels;
+    Half scales[2 * kMaxHeadDim / kScaledChannels] = {};
+    alignas(64) float s[2 * kMaxHeadDim / kScaledChannels];
+    std::memcpy(scales, page + head_dim, 2 * groups * sizeof(Half));
+    for (int i = 0; i < 2 * groups; i += kLanes) store(s + i, load(scales + i));
+    for (int vector = 0; vector < 2; ++vector) {
+        for (int c = 0; c < groups; ++c) {
+            for (int t = 0; t < 4; ++t) {
+                uint32_t word;
+                std::memcpy(&word, page + vector * head_dim / 2 + packed_word(head_dim, c, t) * sizeof(word),
+                            sizeof(word));
+                unpack_word(word, s[vector * groups + c], &numbers->value);
+                numbers += 8;
+            }
+        }
+    }
+}
 
 // How many pages of `length` numbers a prefetch runs ahead: a tile at least.
 template <typename Bound>
@@ -188,10 +216,29 @@ void estimate_item(const EstimateParams& p, int64_t request, int kv_head, int64_
         pages[i] = page_bounds<Bound>(p.metadata, table[page / paging.pages_per_block], kv_head,
                                       page % paging.pages_per_block, p.head_dim);
     }
-    for (int i = 0; i < std::min(most, pages_ahead<Bound>(2 * p.head_dim)); ++i) prefetch_row(pages[i], 2 * p.head_dim);
-    for (int64_t t = 0; t < p.rows_per_request; ++t) {
-        const int num_pages = pages_of_row(first_row + t);
-        if (num_pages > 0) score_chunk<T>(p, first_row + t, kv_head, first_page, pages, num_pages);
+    const int elements = page_elements<Bound>(p.head_dim), ahead = pages_ahead<Bound>(elements);
+    for (int i = 0; i < std::min(most, ahead); ++i) prefetch_row(pages[i], elements);
+    // Pages `first` to `first + count` of the chunk, for every row.
+    const auto score_rows = [&](const auto* const* some, int first, int count) {
+        for (int64_t t = 0; t < p.rows_per_request; ++t) {
+            const int num_pages = std::min(pages_of_row(first_row + t) - first, count);
+            if (num_pages > 0) score_chunk<T>(p, first_row + t, kv_head, first_page + first, some, num_pages);
+        }
+    };
+    if constexpr (std::is_same_v<Bound, PackedInt4>) {
+        alignas(64) Unpacked numbers[kUnpackedPages][2 * kMaxHeadDim];
+        const Unpacked* unpacked[kUnpackedPages];
+        for (int first = 0; first < most; first += kUnpackedPages) {
+            const int count = std::min(kUnpackedPages, most - first);
+            for (int i = 0; i < count; ++i) {
+                prefetch_row(pages[std::min(first + i + ahead, most - 1)], elements);
+                unpacked[i] = numbers[0] + i * 2 * p.head_dim;
+                unpack_page(pages[first + i], p.head_dim, numbers[0] + i * 2 * p.head_dim);
+            }
+            score_rows(unpacked, first, count);
+        }
+    } else {
+        score_rows(pages, 0, most);
     }
 }
 
@@ -219,7 +266,7 @@ void estimate_page_scores(const EstimateParams& p) {
         using T = decltype(element);
         using Bound = decltype(bound);
         const int64_t pages_an_item = std::min<int64_t>(kChunkPages, most_pages);
-        const int64_t grain = grain_for(int64_t(sizeof(Bound)) * 2 * p.head_dim * pages_an_item);
+        const int64_t grain = grain_for(int64_t(sizeof(Bound)) * page_elements<Bound>(p.head_dim) * pages_an_item);
         parallel_for(requests * p.num_kv_heads * chunks, grain, [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i) {
                 const int64_t pair = i / chunks;

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <new>
+#include <type_traits>
 
 #include "kernel_table.h"
 #include "vec.h"
@@ -26,15 +27,21 @@ void with_dtype(DType dtype, F f) {
         case DType::kFloat32: return f(float{});
         case DType::kFloat16: return f(Half{});
         case DType::kBFloat16: return f(BFloat16{});
-        case DType::kFloat8E4M3: return;  // metadata only: the ops refuse it elsewhere
+        case DType::kFloat8E4M3:
+        case DType::kInt4: return;  // metadata only: the ops refuse it elsewhere
     }
 }
 
 // Calls f with values of the dtype's and the metadata's element types.
 template <typename F>
 void with_dtypes(DType dtype, DType metadata, F f) {
-    with_dtype(dtype,
-               [&](auto element) { metadata == DType::kFloat8E4M3 ? f(element, Float8E4M3{}) : f(element, element); });
+    with_dtype(dtype, [&](auto element) {
+        switch (metadata) {
+            case DType::kFloat8E4M3: return f(element, Float8E4M3{});
+            case DType::kInt4: return f(element, PackedInt4{});
+            default: return f(element, element);
+        }
+    });
 }
 
 // Uninitialised memory for plain values.
@@ -73,10 +80,16 @@ inline T* at(void* data, int64_t elements) {
     return static_cast<T*>(data) + elements;
 }
 
-// [2, D]: lo, hi of one page and KV head.
+// Elements of one page and KV head's metadata.
 template <typename Bound>
-inline Bound* page_bounds(const Metadata& m, int64_t block, int64_t head, int64_t part, int64_t head_dim) {
-    return at<Bound>(m.data, block * m.block_stride + head * m.head_stride + part * 2 * head_dim);
+constexpr int page_elements(int head_dim) {
+    return std::is_same_v<Bound, PackedInt4> ? packed_page_bytes(head_dim) : 2 * head_dim;
+}
+
+// [2, D]: lo, hi of one page and KV head; in 4 bits [packed_page_bytes(D)].
+template <typename Bound>
+inline Bound* page_bounds(const Metadata& m, int64_t block, int64_t head, int64_t part, int head_dim) {
+    return at<Bound>(m.data, block * m.block_stride + head * m.head_stride + part * page_elements<Bound>(head_dim));
 }
 
 template <typename T>

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../params.h"
+
 #if defined(__x86_64__)
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC bug 105593: its AVX-512 intrinsics' deliberately undefined operands are reported.
@@ -26,6 +28,10 @@ struct BFloat16 {
     uint16_t bits;
 };
 struct Float8E4M3 {
+    uint8_t bits;
+};
+// A byte of a page's metadata in 4 bits: two codes, or half of a scale.
+struct PackedInt4 {
     uint8_t bits;
 };
 
@@ -51,6 +57,24 @@ inline Vec load(const float* p) {
 }
 
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
+
+// Round to nearest, ties to even.
+inline uint16_t half_from_float(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof(bits));
+    const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
+    bits &= 0x7fffffff;
+    if (bits > 0x7f800000) return sign | 0x7e00;
+    if (bits >= 0x477ff000) return sign | 0x7c00;  // 65520, halfway past the largest half, and above
+    if (bits < 0x38800000) {                       // below 2^-14: adding 0.5 leaves a multiple of 2^-24 in the low bits
+        float magnitude;
+        std::memcpy(&magnitude, &bits, sizeof(bits));
+        magnitude += 0.5f;
+        std::memcpy(&bits, &magnitude, sizeof(bits));
+        return sign | uint16_t(bits - 0x3f000000);
+    }
+    return sign | uint16_t((bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13);
+}
 
 #if defined(__AVX512F__)
 
@@ -180,24 +204,6 @@ inline void load_256ths(const Float8E4M3* p, Vec (&v)[2]) {
     }
 }
 
-// Round to nearest, ties to even.
-inline uint16_t half_from_float(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof(bits));
-    const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
-    bits &= 0x7fffffff;
-    if (bits > 0x7f800000) return sign | 0x7e00;
-    if (bits >= 0x477ff000) return sign | 0x7c00;  // 65520, halfway past the largest half, and above
-    if (bits < 0x38800000) {                       // below 2^-14: adding 0.5 leaves a multiple of 2^-24 in the low bits
-        float magnitude;
-        std::memcpy(&magnitude, &bits, sizeof(bits));
-        magnitude += 0.5f;
-        std::memcpy(&bits, &magnitude, sizeof(bits));
-        return sign | uint16_t(bits - 0x3f000000);
-    }
-    return sign | uint16_t((bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13);
-}
-
 inline void store(Half* p, Vec v) {
     for (int i = 0; i < kLanes; ++i) p[i].bits = half_from_float(v[i]);
 }
@@ -250,6 +256,18 @@ inline void store_bits(Float8E4M3* p, IntVec bits) {
 #else
     for (int i = 0; i < kLanes; ++i) p[i].bits = uint8_t(bits[i]);
 #endif
+}
+
+// The 8 numbers of a word of codes (params.h) and their scale. GCC and clang split vectors that are too wide.
+inline void unpack_word(uint32_t word, float scale, float* p) {
+    typedef uint32_t Words __attribute__((vector_size(32)));
+    typedef int32_t Codes __attribute__((vector_size(32)));
+    typedef float Numbers __attribute__((vector_size(32)));
+    constexpr Words kShifts = {packed_shift(0), packed_shift(1), packed_shift(2), packed_shift(3),
+                               packed_shift(4), packed_shift(5), packed_shift(6), packed_shift(7)};
+    const Codes codes = reinterpret_cast<Codes>((Words{} + word) >> kShifts & 15) - 8;
+    const Numbers numbers = __builtin_convertvector(codes, Numbers) * scale;
+    std::memcpy(p, &numbers, sizeof(numbers));
 }
 
 // A lower and an upper bound are rounded outward where the type is coarser than the numbers that they bound.

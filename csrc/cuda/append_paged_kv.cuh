@@ -7,20 +7,35 @@
 
 namespace quest::cuda {
 
-__device__ __forceinline__ int64_t slot_of(const AppendParams& p, int token) {
-    if (p.slot_mapping) return p.slot_mapping[token];
-    const int block_size = p.page_size * p.pages_per_block;
-    const int at = min(p.seq_lens[token], p.paging.max_blocks * block_size) - 1;
-    if (at < 0) return -1;
-    const int64_t entry = token / p.rows_per_request * p.paging.table_stride + at / block_size;
-    return int64_t(p.paging.block_table[entry]) * block_size + at % block_size;
+// Where a token goes: to token `offset` of part `part` of a block. block < 0: nowhere.
+struct TokenPlace {
+    int block, part, offset;
+
+    __device__ __forceinline__ bool shares_page(const TokenPlace& other) const {
+        return block == other.block && part == other.part;
+    }
+};
+__device__ __forceinline__ TokenPlace place_of(const AppendParams& p, int token) {
+    const int shift = log2_of(p.page_size), within = p.page_size - 1;
+    if (p.slot_mapping) {
+        const int64_t slot = p.slot_mapping[token];
+        if (slot < 0) return {-1, 0, 0};
+        const auto page = static_cast<uint32_t>(slot >> shift);
+        const uint32_t block = page / p.pages_per_block;
+        return {int(block), int(page - block * p.pages_per_block), int(slot) & within};
+    }
+    const PageTable table(p.paging, p.rows_per_request == 1 ? token : token / p.rows_per_request);
+    const int at = table.visible(p.seq_lens[token]) - 1, page = at >> shift;
+    if (at < 0) return {-1, 0, 0};
+    return {table.block(page), table.part(page), at & within};
 }
 
 // Whether the nearest earlier token that is not skipped goes to the same page.
-__device__ __forceinline__ bool continues_page(const AppendParams& p, int token, uint32_t page) {
+__device__ __forceinline__ bool continues_page(const AppendParams& p, int token, const TokenPlace& place) {
+#pragma unroll 1
     for (int earlier = token - 1; earlier >= 0; --earlier) {
-        const int64_t slot = slot_of(p, earlier);
-        if (slot >= 0) return slot >> log2_of(p.page_size) == page;
+        const TokenPlace other = place_of(p, earlier);
+        if (other.block >= 0) return other.shares_page(place);
     }
     return false;
 }
@@ -29,37 +44,39 @@ template <class T, class M, int D>
 __device__ __forceinline__ void append_by_warp(const AppendParams& p, int token, int head) {
     constexpr int kLanesPerRow = D / 8;
     const int lane = threadIdx.x % kWarp;
-    const int64_t slot = slot_of(p, token);
-    if (slot < 0) return;
-    const int page_shift = log2_of(p.page_size);
-    const auto page = static_cast<uint32_t>(slot >> page_shift);
-    if (continues_page(p, token, page)) return;
+    TokenPlace place = place_of(p, token);
+    const TokenPlace first = place;
+    if (place.block < 0 || continues_page(p, token, place)) return;
 
-    const int64_t block = page / p.pages_per_block;
-    const int part = page % p.pages_per_block;
-    T* keys = static_cast<T*>(p.k_cache.data) + block * p.k_cache.block_stride +
-              part * p.page_size * p.k_cache.token_stride + head * p.k_cache.head_stride;
-    T* values = static_cast<T*>(p.v_cache.data) + block * p.v_cache.block_stride +
-                part * p.page_size * p.v_cache.token_stride + head * p.v_cache.head_stride;
+    auto page_of = [&](const Pool& pool) {
+        return static_cast<T*>(pool.data) + first.block * pool.block_stride +
+               first.part * p.page_size * pool.token_stride + head * pool.head_stride;
+    };
+    T* keys = page_of(p.k_cache);
+    T* values = page_of(p.v_cache);
     int highest = 0;
-    for (int i = token; i < p.num_tokens; ++i) {
-        const int64_t at = slot_of(p, i);
-        if (at < 0) continue;
-        if (at >> page_shift != page) break;
-        const int offset = static_cast<int>(at) & (p.page_size - 1);
-        highest = max(highest, offset);
-        for (int piece = lane; piece < 2 * kLanesPerRow; piece += kWarp) {  // the key's pieces, then the value's
-            const int channel = piece % kLanesPerRow * 8;
-            const bool is_key = piece < kLanesPerRow;
-            const T* from = row_of<T>(is_key ? p.key : p.value, i, head) + channel;
-            T* to =
-                (is_key ? keys + offset * p.k_cache.token_stride : values + offset * p.v_cache.token_stride) + channel;
-            *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+#pragma unroll 1
+    for (int i = token;;) {
+        if (place.block >= 0) {
+            if (!place.shares_page(first)) break;
+            highest = max(highest, place.offset);
+#pragma unroll 1
+            for (int piece = lane; piece < 2 * kLanesPerRow; piece += kWarp) {  // the key's pieces, then the value's
+                const int channel = piece % kLanesPerRow * 8;
+                const bool is_key = piece < kLanesPerRow;
+                const T* from = row_of<T>(is_key ? p.key : p.value, i, head) + channel;
+                T* to = (is_key ? keys + place.offset * p.k_cache.token_stride
+                                : values + place.offset * p.v_cache.token_stride) +
+                        channel;
+                *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+            }
         }
+        if (++i >= p.num_tokens) break;
+        place = place_of(p, i);
     }
     __syncwarp();  // orders the warp's stores before its loads below
-    M* bounds = static_cast<M*>(p.metadata.data) + block * p.metadata.block_stride + head * p.metadata.head_stride +
-                part * (2 * D);
+    M* bounds = static_cast<M*>(p.metadata.data) + first.block * p.metadata.block_stride +
+                head * p.metadata.head_stride + first.part * kPageElements<M, D>;
     store_page_bounds<T, M, D>(keys, p.k_cache.token_stride, highest + 1, p.bound, bounds);
 }
 

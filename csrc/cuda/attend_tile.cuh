@@ -8,8 +8,9 @@ namespace quest::cuda {
 
 constexpr int kGroupHeads = 8;
 
-// Eight tokens that lie in one page: its block, the first token's place in the block, how many of them the row sees,
-// and whether the last of these is the step's own, which may not be in the cache yet.
+// Eight tokens, and the page that they lie in: its block, the first token's place in the block, how many of them the
+// row sees, and whether the last of these is the step's own, which may not be in the cache yet. Of pages of 4, two of
+// which make a run, each lane has the one that its token lies in, as if the other's tokens were of that page as well.
 struct Run {
     int block, offset, valid;
     bool own = false;
@@ -34,6 +35,9 @@ struct HeadRows {
         return offset(offset(data, block_index, block), token_index, token);
     }
 };
+
+// Where in a run of two pages of 4 the one begins that a token of it lies in; 0 for larger pages.
+__device__ __forceinline__ int page_in_run(int page_shift, int token) { return page_shift == 2 ? token & 4 : 0; }
 
 struct NotOwn {  // where no run has a token of the step's own
     __device__ const char* operator()() const { return nullptr; }
@@ -76,29 +80,30 @@ struct TokenTile {
         const int t = threadIdx.x % 4;
         const char* from[2] = {values.at(runs[0].block, runs[0].offset + 2 * t),
                                values.at(runs[1].block, runs[1].offset + 2 * t)};
-        if (valid[0] == 8 && valid[1] == 8 && !runs[0].own && !runs[1].own) return load_values(from, values.token);
+        if (runs[0].valid == 8 && runs[1].valid == 8 && !runs[0].own && !runs[1].own)
+            return load_values(from, values.token);
 #pragma unroll
         for (int h = 0; h < 2; ++h)
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const char* row = from[h] + (i == 0 ? 0 : values.token);
-                if (runs[h].own && 2 * t + i == valid[h] - 1) row = own();
+                if (runs[h].own && 2 * t + i == runs[h].valid - 1) row = own();
 #pragma unroll
                 for (int j = 0; j < D / 64; ++j) {
                     value[h][i][j] = uint4{};
-                    if (2 * t + i < valid[h]) value[h][i][j] = load_streaming(row + 128 * j);
+                    if (2 * t + i < runs[h].valid) value[h][i][j] = load_streaming(row + 128 * j);
                 }
             }
     }
-    // Both for 16 tokens of one page, all of which the row sees.
-    __device__ __forceinline__ void load_whole(const HeadRows<T>& keys, const HeadRows<T>& values, int block,
-                                               int first) {
+    // Both where the row sees all 16 tokens and none is the step's own.
+    __device__ __forceinline__ void load_whole(const HeadRows<T>& keys, const HeadRows<T>& values, const Run (&runs)[2],
+                                               const Run (&value_runs)[2]) {
         const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
         valid[0] = valid[1] = 8;
-        const char* key_rows = keys.at(block, first + g);
-        load_keys({key_rows, key_rows + 8 * keys.token});
-        const char* value_rows = values.at(block, first + 2 * t);
-        load_values({value_rows, value_rows + 8 * values.token}, values.token);
+        load_keys({keys.at(runs[0].block, runs[0].offset + g), keys.at(runs[1].block, runs[1].offset + g)});
+        load_values({values.at(value_runs[0].block, value_runs[0].offset + 2 * t),
+                     values.at(value_runs[1].block, value_runs[1].offset + 2 * t)},
+                    values.token);
     }
 
 private:

@@ -17,6 +17,15 @@ constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
+// The element type of metadata in 4 bits a number (params.h).
+struct FourBits {
+    uint8_t byte;
+};
+
+// From page to page, in the metadata's elements.
+template <class M, int D>
+constexpr int kPageElements = std::is_same_v<M, FourBits> ? D + D / 8 : 2 * D;
+
 template <class T>
 struct Packed;  // two elements in 32 bits
 template <>
@@ -54,6 +63,12 @@ __device__ __forceinline__ uint4 load_streaming(const void* address) {
     asm volatile("ld.global.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                  : "l"(address));
+    return v;
+}
+
+__device__ __forceinline__ uint2 load_streaming_pair(const void* address) {
+    uint2 v;
+    asm volatile("ld.global.L1::no_allocate.L2::128B.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address));
     return v;
 }
 
@@ -212,7 +227,7 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shar
     return cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
 }
 
-// Calls f with the element type and head dim as types: the one place where they are chosen, but for metadata in 8 bits.
+// Calls f with the element type and head dim as types: the one place where they are chosen, but for narrow metadata.
 template <class F>
 cudaError_t dispatch(DType dtype, int head_dim, F&& f) {
     auto by_dim = [&](auto element) -> cudaError_t {
@@ -231,7 +246,7 @@ cudaError_t dispatch(DType dtype, int head_dim, F&& f) {
 }
 template <class T, class F>
 cudaError_t dispatch_metadata(DType dtype, T element, F&& f) {
-    return dtype == DType::kFloat8E4M3 ? f(__nv_fp8_e4m3{}) : f(element);
+    return dtype == DType::kInt4 ? f(FourBits{}) : dtype == DType::kFloat8E4M3 ? f(__nv_fp8_e4m3{}) : f(element);
 }
 
 }  // namespace quest::cuda

@@ -2,7 +2,7 @@
 // Grid (blocks that walk the pages, Hkv, R), 16 pages a warp; no shared memory.
 // Bound by reading the metadata: 2 D elements a page and KV head.
 #pragma once
-#include "score_tile.cuh"
+#include "packed_tile.cuh"
 
 namespace quest::cuda {
 
@@ -45,10 +45,11 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock) estimate_page_scores_ke
         tile.load({metadata, block_bytes, places});
         HeadReducer reducer(p.head_reduction);
         for (int first_head = 0; first_head < group; first_head += 8) {
-            uint4 query[D / 32];
+            typename Tile::Query query[D / 32];
             const T* head = row_of<T>(p.query, row, kv_head * group + min(first_head + g, group - 1));
 #pragma unroll
-            for (int c = 0; c < D / 32; ++c) query[c] = *reinterpret_cast<const uint4*>(head + Tile::channel(c));
+            for (int c = 0; c < D / 32; ++c)
+                query[c] = Tile::prepare(*reinterpret_cast<const uint4*>(head + Tile::channel(c)), parts);
             float c[4];
             tile.multiply(c, parts, [&](int chunk) { return query[chunk]; }, [](int) {});
             reducer.include(c, first_head, group);

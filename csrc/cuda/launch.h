@@ -29,6 +29,8 @@ cudaError_t launch_quest_decode_attention(const FusedParams& params, int32_t siz
                                           cudaStream_t stream);
 cudaError_t launch_quest_decode_attention_8bit(const FusedParams& params, int32_t size_log2, uint32_t* workspace,
                                                Chip chip, cudaStream_t stream);
+cudaError_t launch_quest_decode_attention_4bit(const FusedParams& params, int32_t size_log2, uint32_t* workspace,
+                                               Chip chip, cudaStream_t stream);
 // Without a selection: of `params` the attention and what is to be appended.
 cudaError_t launch_dense_decode_attention(const FusedParams& params, int32_t size_log2, uint32_t* workspace, Chip chip,
                                           cudaStream_t stream);

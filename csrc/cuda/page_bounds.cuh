@@ -45,6 +45,45 @@ __device__ __forceinline__ void store_bounds(__nv_fp8_e4m3* to, const uint32_t (
     *reinterpret_cast<uint2*>(to) = {words[0], words[1]};
 }
 
+// Side 0 or 1 of a page in 4 bits (params.h), by a whole warp: a lane has N adjacent channels, from `channel` on, and
+// those that share a scale are neighbours. writes: where several lanes have the same channels, which of them stores.
+enum class Rounding { kNearest, kDown, kUp };
+template <int N, int D>
+__device__ __forceinline__ void store_packed(FourBits* page, int side, int channel, const float (&x)[N],
+                                             Rounding rounding, bool writes) {
+    float most = 0;
+#pragma unroll
+    for (int i = 0; i < N; ++i) most = max_keep_nan(most, fabsf(x[i]));
+#pragma unroll
+    for (int step = 1; step < kScaledChannels / N; step *= 2)
+        most = max_keep_nan(most, __shfl_xor_sync(kAllLanes, most, step));
+    constexpr unsigned kLargest = 0x7bff, kNan = 0x7e00;
+    unsigned bits = __half_as_ushort(__float2half_rn(__fdiv_rn(most, kLargestCode)));
+    if (__fmul_rn(__half2float(__ushort_as_half(bits)), kLargestCode) < most) ++bits;
+    if (bits > kLargest) bits = most != most ? kNan : kLargest;
+    const float scale = __half2float(__ushort_as_half(bits));
+    uint32_t word = 0;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        const float steps = scale > 0 ? __fdiv_rn(x[i], scale) : 0;
+        const float whole = rounding == Rounding::kNearest ? rintf(steps)
+                            : rounding == Rounding::kDown  ? floorf(steps)
+                                                           : ceilf(steps);
+        const int at = channel % 8 + i;
+        word |= unsigned(int(fminf(fmaxf(whole, -kLargestCode), kLargestCode)) + 8) << (at % 2 * 16 + at / 2 * 4);
+    }
+#pragma unroll
+    for (int step = 1; step < 8 / N; step *= 2) word |= __shfl_xor_sync(kAllLanes, word, step);
+    if (!writes) return;
+    constexpr int kTogether = D < 128 ? D / kScaledChannels : 4;
+    const int c = channel / kScaledChannels, t = channel % kScaledChannels / 8;
+    uint8_t* bytes = &page->byte;
+    if (channel % 8 == 0)
+        reinterpret_cast<uint32_t*>(
+            bytes + side * (D / 2))[c / kTogether * 4 * kTogether + t * kTogether + c % kTogether] = word;
+    if (channel % kScaledChannels == 0) reinterpret_cast<uint16_t*>(bytes + D + side * (D / 16))[c] = bits;
+}
+
 // Minimum and maximum, zero as +0. Lanes read 16 bytes: D / 8 of them a row, so kWarp * 8 / D rows at once. `keys`: the
 // page's first key, of `count` >= 1 keys.
 template <class T, class M, int D>
@@ -85,7 +124,18 @@ __device__ void store_min_max(const T* keys, int64_t token_stride, int count, M*
         lo[w] = bits_as<uint32_t>(__hadd2(pairs[w].lo, zero));  // -0 + 0 = +0
         hi[w] = bits_as<uint32_t>(__hadd2(pairs[w].hi, zero));
     }
-    if (row_of_lane == 0) {
+    if constexpr (std::is_same_v<M, FourBits>) {
+#pragma unroll 1
+        for (int side = 0; side < 2; ++side) {
+            float x[8];
+#pragma unroll
+            for (int w = 0; w < 4; ++w) {
+                const float2 pair = Packed<T>::to_floats(bits_as<Pair>(side == 0 ? lo[w] : hi[w]));
+                x[2 * w] = pair.x, x[2 * w + 1] = pair.y;
+            }
+            store_packed<8, D>(bounds, side, channel, x, side == 0 ? Rounding::kDown : Rounding::kUp, row_of_lane == 0);
+        }
+    } else if (row_of_lane == 0) {
         store_bounds<T>(bounds + channel, lo, false);
         store_bounds<T>(bounds + D + channel, hi, true);
     }
@@ -107,67 +157,6 @@ __device__ __forceinline__ M nearest(float x) {
     }
 }
 
-// Calls f(runs, left) with this lane's channels of kTokens tokens at once, of which `left` or more are there.
-template <int N, int kTokens, class T, class F>
-__device__ __forceinline__ void for_tokens(const T* channels, int64_t token_stride, int count, F f) {
-    for (int first = 0; first < count; first += kTokens) {
-        Elements<T, N> runs[kTokens];
-#pragma unroll
-        for (int i = 0; i < kTokens; ++i)
-            runs[i] = *reinterpret_cast<const Elements<T, N>*>(channels + min(first + i, count - 1) * token_stride);
-        f(runs, count - first);
-    }
-}
-
-// Calls f(run) with this lane's channels of each token, in order.
-template <int N, class T, class F>
-__device__ __forceinline__ void for_each_token(const T* channels, int64_t token_stride, int count, F f) {
-    constexpr int kTokens = N < 8 ? 8 : 4;  // 8: the smallest page; registers for 64 bytes
-    for_tokens<N, kTokens>(channels, token_stride, count, [&](const auto& runs, int left) {
-#pragma unroll
-        for (int i = 0; i < kTokens; ++i)
-            if (i < left) f(runs[i]);
-    });
-}
-
-template <int N, class T>
-__device__ __forceinline__ void mean_of(float (&mean)[N], const T* channels, int64_t token_stride, int count) {
-    for_each_token<N>(channels, token_stride, count, [&](const Elements<T, N>& run) {
-#pragma unroll
-        for (int i = 0; i < N; ++i) mean[i] = __fadd_rn(mean[i], float(run.of[i]));
-    });
-#pragma unroll
-    for (int i = 0; i < N; ++i) mean[i] = __fdiv_rn(mean[i], float(count));
-}
-
-// Mean -+ radius, a lane for D / 32 channels; `mean` of these. In float32, one rounding an operation (the intrinsics
-// keep the compiler from contracting), tokens in their order: the CPU kernels and the twin agree in all bits.
-template <class T, class M, int D>
-__device__ __forceinline__ void store_mean_bounds(const T* keys, int64_t token_stride, int count, BoundRule rule,
-                                                  const float (&mean)[D / kWarp], M* bounds) {
-    constexpr int N = D / kWarp;
-    const int channel = threadIdx.x % kWarp * N;
-    const bool squared = rule.kind == BoundKind::kMeanStd;
-    float spread[N] = {};
-    for_each_token<N>(keys + channel, token_stride, count, [&](const Elements<T, N>& run) {
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-            const float deviation = __fsub_rn(float(run.of[i]), mean[i]);
-            spread[i] = __fadd_rn(spread[i], squared ? __fmul_rn(deviation, deviation) : fabsf(deviation));
-        }
-    });
-    Elements<M, N> lo, hi;
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-        spread[i] = __fdiv_rn(spread[i], float(count));
-        const float radius = __fmul_rn(rule.scale, squared ? __fsqrt_rn(spread[i]) : spread[i]);
-        lo.of[i] = nearest<M>(__fadd_rn(__fsub_rn(mean[i], radius), 0.0f));  // -0 + 0 = +0
-        hi.of[i] = nearest<M>(__fadd_rn(__fadd_rn(mean[i], radius), 0.0f));
-    }
-    *reinterpret_cast<Elements<M, N>*>(bounds + channel) = lo;
-    *reinterpret_cast<Elements<M, N>*>(bounds + D + channel) = hi;
-}
-
 // a . b over all channels, of which each lane has N: neighbours are added, then neighbours of these. Every lane has it.
 template <int N>
 __device__ __forceinline__ float dot_in_pairs(const float (&a)[N], const float (&b)[N]) {
@@ -183,88 +172,121 @@ __device__ __forceinline__ float dot_in_pairs(const float (&a)[N], const float (
     return x[0];
 }
 
-// Two points on the axis of largest deviation, nearly (quest_ops/ops.py has the formula): in float32 as above. The
-// three passes over the tokens share code: in a decoder code is fetched anew for every layer, which takes longer than
-// the arithmetic.
+// Mean -+ radius, or two points on the axis of largest deviation, nearly (quest_ops/ops.py has the formulas); a lane
+// for D / 32 channels. In float32, one rounding an operation (the intrinsics keep the compiler from contracting),
+// tokens in their order: the CPU kernels and the twin agree in all bits. All passes over the tokens share code: in a
+// decoder code is fetched anew for every layer, which takes longer than the arithmetic.
 template <class T, class M, int D>
-__device__ __forceinline__ void store_principal_points(const T* keys, int64_t token_stride, int count, float scale,
-                                                       const float (&mean)[D / kWarp], M* bounds) {
-    constexpr int N = D / kWarp, kTokens = N < 8 ? 8 : 4;  // registers
+__device__ __forceinline__ void store_bounds_about_mean(const T* keys, int64_t token_stride, int count, BoundRule rule,
+                                                        M* bounds) {
+    constexpr int N = D / kWarp, kTokens = N < 8 ? 4 : 2;  // at once
     const int channel = threadIdx.x % kWarp * N;
-    // What deviations are multiplied by: themselves, to find the farthest; the farthest; the axis.
-    enum Pass { kSquare, kFarthest, kAxis };
-    float found[N] = {}, farthest = -1, fourths[2] = {}, inverse = 1;
-#pragma unroll 1
-    for (int pass = kSquare; pass <= kAxis; ++pass) {
+    keys += channel;
+    // The deviations are added up as they are (from 0: to the mean), as radii, or multiplied: by themselves, to find
+    // the farthest; by the farthest; by the axis.
+    enum Pass { kMean, kRadius, kSquare, kFarthest, kAxis };
+    const bool points = rule.kind == BoundKind::kPrincipal, squared = rule.kind == BoundKind::kMeanStd;
+    float mean[N] = {}, found[N] = {}, farthest = -1, fourths[2] = {}, inverse = 1;
+    int pass = kMean;
+    while (true) {
         float next[N] = {};
-        for_tokens<N, kTokens>(keys + channel, token_stride, count, [&](const auto& runs, int left) {
+#pragma unroll 1
+        for (int first = 0; first < count; first += kTokens) {
+            Elements<T, N> runs[kTokens];
+#pragma unroll
+            for (int t = 0; t < kTokens; ++t)
+                runs[t] = *reinterpret_cast<const Elements<T, N>*>(keys + min(first + t, count - 1) * token_stride);
             float deviation[kTokens][N], dots[kTokens];
 #pragma unroll
-            for (int t = 0; t < kTokens; ++t) {
-                float other[N];
+            for (int t = 0; t < kTokens; ++t)
 #pragma unroll
-                for (int i = 0; i < N; ++i) {
-                    deviation[t][i] = __fsub_rn(float(runs[t].of[i]), mean[i]);
-                    other[i] = pass == kSquare ? deviation[t][i] : found[i];
+                for (int i = 0; i < N; ++i) deviation[t][i] = __fsub_rn(float(runs[t].of[i]), mean[i]);
+            if (pass >= kSquare)
+#pragma unroll
+                for (int t = 0; t < kTokens; ++t) {
+                    float other[N];
+#pragma unroll
+                    for (int i = 0; i < N; ++i) other[i] = pass == kSquare ? deviation[t][i] : found[i];
+                    dots[t] = __fmul_rn(dot_in_pairs(deviation[t], other), inverse);
                 }
-                dots[t] = __fmul_rn(dot_in_pairs(deviation[t], other), inverse);
-            }
 #pragma unroll
             for (int t = 0; t < kTokens; ++t) {
-                if (t >= left) break;
+                if (first + t >= count) break;
                 if (pass == kSquare) {
-                    const bool first = farthest < 0, farther = first || dots[t] > farthest;
+                    const bool farther = farthest < 0 || dots[t] > farthest;
                     if (farther) farthest = dots[t];
 #pragma unroll
                     for (int i = 0; i < N; ++i)
                         if (farther) next[i] = deviation[t][i];
-                } else if (pass == kFarthest) {
-#pragma unroll
-                    for (int i = 0; i < N; ++i) next[i] = __fadd_rn(next[i], __fmul_rn(dots[t], deviation[t][i]));
-                } else {
+                } else if (pass == kAxis) {
                     const float square = __fmul_rn(dots[t], dots[t]), fourth = __fmul_rn(square, square);
                     fourths[0] = __fadd_rn(fourths[0], dots[t] > 0 ? 0 : fourth);
                     fourths[1] = __fadd_rn(fourths[1], dots[t] > 0 ? fourth : 0);
+                } else {
+                    const float factor = pass == kFarthest ? dots[t] : 1.f;
+#pragma unroll
+                    for (int i = 0; i < N; ++i) {
+                        const float x = deviation[t][i], by = pass == kRadius && squared ? x : factor;
+                        next[i] = __fadd_rn(next[i], __fmul_rn(pass == kRadius && !squared ? fabsf(x) : x, by));
+                    }
                 }
             }
-        });
-        const bool deviates = farthest >= FLT_MIN;
-        if (pass == kSquare) {
-            inverse = deviates ? __frcp_rn(farthest) : 0;
-        } else if (pass == kFarthest) {
-            const float square = dot_in_pairs(next, next), of_length = square > 0 ? __frcp_rn(__fsqrt_rn(square)) : 0;
-#pragma unroll
-            for (int i = 0; i < N; ++i) next[i] = __fmul_rn(next[i], of_length);
-            inverse = deviates ? __frcp_rn(__fsqrt_rn(farthest)) : 0;
-        } else {
-            break;
         }
+        if (pass == kAxis) break;
+        float scale = 1;
+        if (pass == kFarthest) {
+            const float square = dot_in_pairs(next, next);
+            scale = square > 0 ? __frcp_rn(__fsqrt_rn(square)) : 0;
+        }
+        const bool averages = pass <= kRadius;
 #pragma unroll
-        for (int i = 0; i < N; ++i) found[i] = next[i];
+        for (int i = 0; i < N; ++i) {
+            const float x = averages ? __fdiv_rn(next[i], float(count)) : __fmul_rn(next[i], scale);
+            if (pass == kMean)
+                mean[i] = x;
+            else
+                found[i] = x;
+        }
+        if (pass == kRadius) break;
+        if (pass == kSquare) inverse = farthest >= FLT_MIN ? __frcp_rn(farthest) : 0;
+        if (pass == kFarthest) inverse = farthest >= FLT_MIN ? __frcp_rn(__fsqrt_rn(farthest)) : 0;
+        pass = pass == kMean ? (points ? kSquare : kRadius) : pass + 1;
     }
-    const float reach = __fmul_rn(scale, __fsqrt_rn(farthest));
-#pragma unroll
+#pragma unroll 1
     for (int side = 0; side < 2; ++side) {
-        const float root = __fsqrt_rn(__fsqrt_rn(__fdiv_rn(fourths[side], float(count))));
-        const float radius = __fmul_rn(side == 0 ? -reach : reach, root);
-        Elements<M, N> point;
+        // A point is mean + radius * found, or, the radius being found, mean + sign * found.
+        float radius = side == 0 ? -1 : 1;
+        if (points) {
+            const float fourth = side == 0 ? fourths[0] : fourths[1];
+            const float reach = __fmul_rn(rule.scale, __fsqrt_rn(farthest));
+            radius *= __fmul_rn(reach, __fsqrt_rn(__fsqrt_rn(__fdiv_rn(fourth, float(count)))));
+        } else {
+            radius *= rule.scale;
+        }
+        float vector[N];
 #pragma unroll
-        for (int i = 0; i < N; ++i)  // -0 + 0 = +0
-            point.of[i] = nearest<M>(__fadd_rn(__fadd_rn(mean[i], __fmul_rn(radius, found[i])), 0.0f));
-        *reinterpret_cast<Elements<M, N>*>(bounds + side * D + channel) = point;
+        for (int i = 0; i < N; ++i) {
+            const float x = squared ? __fsqrt_rn(found[i]) : found[i];
+            vector[i] = __fadd_rn(__fadd_rn(mean[i], __fmul_rn(radius, x)), 0.0f);  // -0 + 0 = +0
+        }
+        if constexpr (std::is_same_v<M, FourBits>) {
+            store_packed<N, D>(bounds, side, channel, vector, Rounding::kNearest, true);
+        } else {
+            Elements<M, N> stored;
+#pragma unroll
+            for (int i = 0; i < N; ++i) stored.of[i] = nearest<M>(vector[i]);
+            *reinterpret_cast<Elements<M, N>*>(bounds + side * D + channel) = stored;
+        }
     }
 }
 
 template <class T, class M, int D>
 __device__ __forceinline__ void store_page_bounds(const T* keys, int64_t token_stride, int count, BoundRule rule,
                                                   M* bounds) {
-    if (rule.kind == BoundKind::kMinMax) return store_min_max<T, M, D>(keys, token_stride, count, bounds);
-    float mean[D / kWarp] = {};
-    mean_of(mean, keys + threadIdx.x % kWarp * (D / kWarp), token_stride, count);
-    if (rule.kind == BoundKind::kPrincipal)
-        store_principal_points<T, M, D>(keys, token_stride, count, rule.scale, mean, bounds);
+    if (rule.kind == BoundKind::kMinMax)
+        store_min_max<T, M, D>(keys, token_stride, count, bounds);
     else
-        store_mean_bounds<T, M, D>(keys, token_stride, count, rule, mean, bounds);
+        store_bounds_about_mean<T, M, D>(keys, token_stride, count, rule, bounds);
 }
 
 }  // namespace quest::cuda

@@ -28,6 +28,8 @@ __global__ void __launch_bounds__(kTeamThreads, D <= 128 ? 2 : 1)
         append_by_spare_blocks<T, M, D>(p.append, teams);
     else if (p.append.metadata.dtype == DType::kFloat8E4M3)
         append_by_spare_blocks<T, __nv_fp8_e4m3, D>(p.append, teams);
+    else if (p.append.metadata.dtype == DType::kInt4)
+        append_by_spare_blocks<T, FourBits, D>(p.append, teams);
     else
         append_by_spare_blocks<T, T, D>(p.append, teams);
 #endif
@@ -50,6 +52,10 @@ cudaError_t launch_team_decode_attention(const FusedParams& p, int32_t size_log2
         if constexpr (!std::is_void_v<M>) {
             const int32_t chunks = ceil_div(a.paging.max_pages(), kKeysAtOnce);
             static_assert(kMostDirectPages == 4 * kKeysAtOnce);
+            // In 4 bits pages are small and many: up to twice as many keys are still read faster than shortlists are
+            // made.
+            if constexpr (std::is_same_v<M, FourBits>)
+                if (chunks <= 8) kernel = team_decode_attention_kernel<T, M, D, 8>;
             if (chunks <= 4) kernel = team_decode_attention_kernel<T, M, D, 4>;
             if (chunks <= 2) kernel = team_decode_attention_kernel<T, M, D, 2>;
         }

@@ -36,6 +36,27 @@ struct PagePlace {
     int block, part;
 };
 
+// Where the bounds of pages g and g + 8 lie, this lane's part. block_bytes: from block to block.
+template <uint32_t kPageBytes>
+struct PageSource {
+    const char* bounds[2];
+
+    __device__ __forceinline__ PageSource(const char* lane_part, uint32_t block_bytes, const PagePlace (&places)[2]) {
+#pragma unroll
+        for (int half_tile = 0; half_tile < 2; ++half_tile)
+            bounds[half_tile] =
+                offset(offset(lane_part, places[half_tile].block, block_bytes), places[half_tile].part, kPageBytes);
+    }
+    // Into L2. The four lanes of a page share its lines. lane_bytes: where this lane's part begins.
+    __device__ __forceinline__ void prefetch(int lane_bytes) const {
+        constexpr int kLine = 128;
+#pragma unroll
+        for (int half_tile = 0; half_tile < 2; ++half_tile)
+            for (int at = threadIdx.x % 4 * kLine; at < kPageBytes; at += 4 * kLine)
+                quest::cuda::prefetch(bounds[half_tile] + at - lane_bytes);
+    }
+};
+
 // Bounds in 8 bits become pairs of the query's type, exactly; NaN stays NaN.
 template <class T>
 __device__ __forceinline__ uint32_t widen(uint32_t two_bytes) {
@@ -70,17 +91,7 @@ struct PageTile {
                threadIdx.x % 4 * 16;
     }
 
-    // Where the bounds of pages g and g + 8 lie. block_bytes: from block to block.
-    struct Source {
-        const char* bounds[2];
-
-        __device__ __forceinline__ Source(const char* lane_part, uint32_t block_bytes, const PagePlace (&places)[2]) {
-#pragma unroll
-            for (int half_tile = 0; half_tile < 2; ++half_tile)
-                bounds[half_tile] =
-                    offset(offset(lane_part, places[half_tile].block, block_bytes), places[half_tile].part, kPageBytes);
-        }
-    };
+    using Source = PageSource<kPageBytes>;
     __device__ __forceinline__ void load_part(const Source& from, int c) {
 #pragma unroll
         for (int half_tile = 0; half_tile < 2; ++half_tile) {
@@ -93,15 +104,7 @@ struct PageTile {
         for (int c = 0; c < kLoads; ++c) load_part(from, c);
     }
 
-    // Into L2. The four lanes of a page share its lines.
-    static __device__ __forceinline__ void prefetch(const Source& from) {
-        constexpr int kLine = 128;
-        const int t = threadIdx.x % 4;
-#pragma unroll
-        for (int half_tile = 0; half_tile < 2; ++half_tile)
-            for (int at = t * kLine; at < kPageBytes; at += 4 * kLine)
-                quest::cuda::prefetch(from.bounds[half_tile] + at - 16 * t);
-    }
+    static __device__ __forceinline__ void prefetch(const Source& from) { from.prefetch(threadIdx.x % 4 * 16); }
 
     static __device__ __forceinline__ uint4 chunk_of(const uint4 (&bounds)[kLoads], int c) {
         if constexpr (kNarrow)
@@ -111,10 +114,14 @@ struct PageTile {
             return bounds[c];
     }
 
+    // What the product takes of a chunk of a query.
+    using Query = uint4;
+    static __device__ __forceinline__ uint4 prepare(const uint4& q, const QueryParts<T>&) { return q; }
+
     // c: pages g, g + 8 (rows) against heads 2 t, 2 t + 1 (columns) of eight; query(c): channels channel(c) .. of head
     // g. done(i) is called when part i of the tile is no longer needed.
-    template <class Query, class Done>
-    __device__ __forceinline__ void multiply(float (&c)[4], const QueryParts<T>& parts, Query&& query, Done&& done) {
+    template <class QueryOf, class Done>
+    __device__ __forceinline__ void multiply(float (&c)[4], const QueryParts<T>& parts, QueryOf&& query, Done&& done) {
         float above[2][4] = {}, below[2][4] = {};
 #pragma unroll
         for (int chunk = 0; chunk < kChunks; ++chunk) {

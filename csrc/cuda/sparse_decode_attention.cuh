@@ -22,9 +22,9 @@ struct TokenList {
           table(p.paging, row / p.rows_per_request),
           max_ids(p.max_ids) {}
 
-    // The list's entry for half a tile, before it is known how long the list is.
-    __device__ int entry(int tile, int half_tile) const {
-        const int index = (tile * kTileTokens + 8 * half_tile) >> table.page_shift;
+    // The list's entry for half a tile, from token `inner` of it on, before it is known how long the list is.
+    __device__ int entry(int tile, int half_tile, int inner) const {
+        const int index = (tile * kTileTokens + 8 * half_tile + inner) >> table.page_shift;
         return ids ? ids[min(index, max_ids - 1)] : index;
     }
 
@@ -62,13 +62,13 @@ struct TokenList {
 
     __device__ int num_tiles() const { return ((num_pages << table.page_shift) + kTileTokens - 1) / kTileTokens; }
 
-    __device__ Run run(int tile, int half_tile, int entry) const {
-        const int first = tile * kTileTokens + 8 * half_tile, index = first >> table.page_shift,
+    __device__ Run run(int tile, int half_tile, int inner, int entry) const {
+        const int slot = tile * kTileTokens + 8 * half_tile + inner, index = slot >> table.page_shift,
                   page = index < count ? entry : last_page;
         if (index >= num_pages || page < 0 || page > last_page) return {0, 0, 0};
-        const int within = first & ((1 << table.page_shift) - 1);
-        return {table.block(page), (table.part(page) << table.page_shift) + within,
-                min(tokens - (page << table.page_shift) - within, 8)};
+        const int within = slot & ((1 << table.page_shift) - 1);
+        return {table.block(page), (table.part(page) << table.page_shift) + within - inner,
+                inner + min(tokens - (page << table.page_shift) - within, 8 - inner)};
     }
 };
 
@@ -111,7 +111,18 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock, D <= 128 ? 3 : 2)
     const int stride = gridDim.x * kWarpsPerBlock;
     int tile = split * kWarpsPerBlock + warp;
     TokenList list(p, row, id_head);
-    int entries[2] = {list.entry(tile, 0), list.entry(tile, 1)};
+    // Of a lane's keys, then of its values: of pages of 4 these lie in others.
+    const int inner[2] = {page_in_run(list.table.page_shift, g),
+                          page_in_run(list.table.page_shift, threadIdx.x % 4 * 2)};
+    int entries[2][2];
+    auto ask = [&](int tile) {
+#pragma unroll
+        for (int of = 0; of < 2; ++of)
+#pragma unroll
+            for (int half_tile = 0; half_tile < 2; ++half_tile)
+                entries[of][half_tile] = list.entry(tile, half_tile, inner[of]);
+    };
+    ask(tile);
     list.read_lengths(p, row, id_head);
     const int num_tiles = list.num_tiles();
     const float scale = p.sm_scale * kLog2E;  // scores in base 2
@@ -123,18 +134,26 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock, D <= 128 ? 3 : 2)
                       values = TokenTile<T, D>::values_of(p, heads.kv_head);
 
     OnlineSoftmax<T, D> softmax;
-    Run runs[2] = {list.run(tile, 0, entries[0]), list.run(tile, 1, entries[1])};
+    Run runs[2][2];
+    auto find = [&](int tile) {
+#pragma unroll
+        for (int of = 0; of < 2; ++of)
+#pragma unroll
+            for (int half_tile = 0; half_tile < 2; ++half_tile)
+                runs[of][half_tile] = list.run(tile, half_tile, inner[of], entries[of][half_tile]);
+    };
+    find(tile);
     for (; tile < num_tiles; tile += stride) {
         const int next = tile + stride;
-        entries[0] = list.entry(next, 0), entries[1] = list.entry(next, 1);
+        ask(next);
         TokenTile<T, D> tokens;
-        tokens.load_keys(keys, runs);
+        tokens.load_keys(keys, runs[0]);
         if constexpr (D <= 128)
-            tokens.load_values(values, runs);  // in flight beside the keys, where registers hold both
+            tokens.load_values(values, runs[1]);  // in flight beside the keys, where registers hold both
         float score[4];
         softmax.scores_of(score, tokens, [&](int c) { return query[c]; }, scale);
-        if constexpr (D > 128) tokens.load_values(values, runs);
-        runs[0] = list.run(next, 0, entries[0]), runs[1] = list.run(next, 1, entries[1]);
+        if constexpr (D > 128) tokens.load_values(values, runs[1]);
+        find(next);
         softmax.add(score, tokens);
     }
 

@@ -134,12 +134,12 @@ __device__ __forceinline__ void mark_phase(int phase) {
 __device__ __forceinline__ void mark_phase(int) {}
 #endif
 
-// Brings keys and values of a page near, 16 tokens of them at most; called by a whole warp.
+// Brings keys and values of a page near, 16 tokens of them at most; called by a whole warp. The half of a warp that is
+// for keys, or for values, may ask for two pages of 8.
 template <class T, int D>
 __device__ __forceinline__ void prefetch_page(const AttentionParams& a, const PageTable& table, int kv_head, int page,
                                               int block) {
-    const int lane = threadIdx.x % kWarp, token = lane % kTileTokens;
-    if (token >> table.page_shift > 0) return;
+    const int lane = threadIdx.x % kWarp, token = lane % kTileTokens & ((1 << table.page_shift) - 1);
     const Pool& pool = lane < kTileTokens ? a.k_cache : a.v_cache;
     const T* row = static_cast<const T*>(pool.data) + block * pool.block_stride + kv_head * pool.head_stride +
                    ((table.part(page) << table.page_shift) + token) * pool.token_stride;

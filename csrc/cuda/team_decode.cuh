@@ -51,7 +51,7 @@ __device__ __forceinline__ void decode_by_team(const FusedParams& p, const int s
         select.clear_bins();
         const char* metadata = Tile::lane_part(p.metadata, kv_head);
         const uint32_t block_bytes = bytes_of<M>(p.metadata.block_stride);
-        constexpr int kTilesAhead = Tile::kNarrow ? 2 : 1;  // loads in flight: 64 registers of a lane
+        constexpr int kTilesAhead = std::is_same_v<M, __nv_fp8_e4m3> ? 2 : 1;  // up to 64 registers of a lane in flight
         Tile tiles[kTilesAhead];
         auto source_of = [&](const int (&blocks)[2], int tile) {
             const PagePlace places[2] = {{blocks[0], table.part(deal.page(tile, g))},
@@ -99,7 +99,7 @@ __device__ __forceinline__ void decode_by_team(const FusedParams& p, const int s
             }
             blocks_at(blocks, kTilesAhead, num_pages - 1);
         }
-        query.keep(asked_query);
+        query.keep(asked_query, p.metadata.points);
         __syncthreads();
         if (kept < num_pages) {
             uint32_t best_key = 0;
@@ -146,12 +146,20 @@ __device__ __forceinline__ void decode_by_team(const FusedParams& p, const int s
                     ++tile;
                 }
             }
-            // A warp's best page, likely to be chosen, is fetched while the blocks exchange keys. Where the memory has
-            // the next launch's bounds to fetch meanwhile, all of 16 bits, it does not pay.
+            // A warp's best page, likely to be chosen, is fetched while the blocks exchange keys; of pages of 8 or 4 in
+            // smaller teams the best two that different lanes have seen. Where the memory has the next launch's bounds
+            // to fetch meanwhile, all of 16 bits, it does not pay.
             if (size < kMaxTeam || Tile::kNarrow) {
                 const uint32_t best = __reduce_max_sync(kAllLanes, best_key);
-                const int page =
-                    __shfl_sync(kAllLanes, best_page, __ffs(__ballot_sync(kAllLanes, best_key == best)) - 1);
+                const int finder = __ffs(__ballot_sync(kAllLanes, best_key == best)) - 1;
+                int page = __shfl_sync(kAllLanes, best_page, finder);
+                if (table.page_shift <= 3 && size < kMaxTeam) {
+                    if (lane == finder) best_key = 0;
+                    const uint32_t next = __reduce_max_sync(kAllLanes, best_key);
+                    const int other =
+                        __shfl_sync(kAllLanes, best_page, __ffs(__ballot_sync(kAllLanes, best_key == next)) - 1);
+                    if (next != 0 && lane % kTileTokens >= 8) page = other;
+                }
                 if (best != 0) prefetch_page<T, D>(a, table, kv_head, page, table.block(page));
             }
             const bool lists = kLists && kept <= kShortlistEntries / 2;
@@ -191,7 +199,7 @@ __device__ __forceinline__ void decode_by_team(const FusedParams& p, const int s
         table.prefetch();
         row_lengths.take(asked, p, table);
         kept = num_pages;
-        query.keep(asked_query);
+        query.keep(asked_query, false);
         __syncthreads();
     }
 
@@ -199,21 +207,21 @@ __device__ __forceinline__ void decode_by_team(const FusedParams& p, const int s
     mark_phase(5);
     const int page_shift = table.page_shift, num_mine = (kept - rank + size - 1) >> size_log2;
     const float scale = a.sm_scale * kLog2E;
-    // The pages of a tile's two halves; -1: the tile ends before.
-    auto find_pages = [&](int (&pages)[2], int tile) {
+    // The pages of a tile's two halves, or of what of them begins at token `inner`; -1: the tile ends before.
+    auto find_pages = [&](int (&pages)[2], int tile, int inner) {
 #pragma unroll 1
-        for (int start = tile * kTileTokens;; start += 8) {
-            const int index = start >> page_shift;
+        for (int slot = tile * kTileTokens + inner;; slot += 8) {
+            const int index = slot >> page_shift;
             pages[1] = index >= num_mine ? -1 : kept < num_pages ? int(chosen[index]) : (index << size_log2) + rank;
-            if (start % kTileTokens == 0) pages[0] = pages[1];
-            if (page_shift > 3 || start % kTileTokens != 0) break;
+            if (slot % kTileTokens < 8) pages[0] = pages[1];
+            if (page_shift > 3 || slot % kTileTokens >= 8) break;
         }
     };
-    auto run_of = [&](int page, int tile, int half_tile) -> Run {
-        const int within = (tile * kTileTokens + 8 * half_tile) & ((1 << page_shift) - 1);
+    auto run_of = [&](int page, int tile, int half_tile, int inner) -> Run {
+        const int within = (tile * kTileTokens + 8 * half_tile + inner) & ((1 << page_shift) - 1);
         if (page < 0) return {0, 0, 0};
-        const int first = (page << page_shift) + within, valid = min(tokens - first, 8);
-        return {table.block(page), (table.part(page) << page_shift) + within, valid,
+        const int first = (page << page_shift) + within, valid = min(tokens - first, 8 - inner);
+        return {table.block(page), (table.part(page) << page_shift) + within - inner, inner + valid,
                 p.append.num_tokens > 0 && first + valid == tokens};
     };
     using Tokens = TokenTile<T, D>;
@@ -224,23 +232,32 @@ __device__ __forceinline__ void decode_by_team(const FusedParams& p, const int s
     auto own_value = [&] { return own_row(p.append.value, Tokens::value_channel()); };
     const HeadRows<T> keys = Tokens::keys_of(a, kv_head), values = Tokens::values_of(a, kv_head);
     OnlineSoftmax<T, D> softmax;
+    const int key_inner = page_in_run(page_shift, g), value_inner = page_in_run(page_shift, 2 * t);
     int tile = warp, pages[2];
-    find_pages(pages, tile);
-    while (pages[0] >= 0) {
-        const Run runs[2] = {run_of(pages[0], tile, 0), run_of(pages[1], tile, 1)};
+    find_pages(pages, tile, key_inner);
+    while (tile * kTileTokens < num_mine << page_shift) {
+        const Run runs[2] = {run_of(pages[0], tile, 0, key_inner), run_of(pages[1], tile, 1, key_inner)};
+        Run value_runs[2] = {runs[0], runs[1]};
+        if (page_shift == 2) {
+            find_pages(pages, tile, value_inner);
+            value_runs[0] = run_of(pages[0], tile, 0, value_inner);
+            value_runs[1] = run_of(pages[1], tile, 1, value_inner);
+        }
         Tokens tile_tokens;
-        if (D <= 128 && page_shift > 3 && runs[1].valid == 8 && !runs[1].own) {
-            tile_tokens.load_whole(keys, values, runs[0].block, runs[0].offset);
+        auto is_whole = [](const Run& run) { return run.valid == 8 && !run.own; };
+        const bool whole = is_whole(runs[0]) && is_whole(runs[1]) && is_whole(value_runs[0]) && is_whole(value_runs[1]);
+        if (D <= 128 && __all_sync(kAllLanes, whole)) {
+            tile_tokens.load_whole(keys, values, runs, value_runs);
         } else {
             tile_tokens.load_keys(keys, runs, own_key);
-            if constexpr (D <= 128) tile_tokens.load_values(values, runs, own_value);
+            if constexpr (D <= 128) tile_tokens.load_values(values, value_runs, own_value);
         }
         let_successor_start();  // where nothing was scored: not before most of what is needed is asked for
         tile += kTeamWarps;
-        find_pages(pages, tile);
+        find_pages(pages, tile, key_inner);
         float score[4];
         softmax.scores_of(score, tile_tokens, [&](int c) { return query.to_attend(c); }, scale);
-        if constexpr (D > 128) tile_tokens.load_values(values, runs, own_value);
+        if constexpr (D > 128) tile_tokens.load_values(values, value_runs, own_value);
         softmax.add(score, tile_tokens);
     }
 

@@ -1,7 +1,7 @@
 // What a block of a team asks for first: the row's length, and the query as the products want it. Asking and taking are
 // apart, so that other loads can be on their way in between.
 #pragma once
-#include "score_tile.cuh"
+#include "packed_tile.cuh"
 #include "team.cuh"
 
 namespace quest::cuda {
@@ -30,9 +30,11 @@ struct RowLengths {
 // score by metadata of type M. The warps share the work, a chunk of 32 channels each.
 template <class T, class M, int D>
 struct SharedQuery {
-    static constexpr bool kNarrow = std::is_same_v<M, __nv_fp8_e4m3>;
+    static constexpr bool kNarrow = std::is_same_v<M, __nv_fp8_e4m3>, kPacked = std::is_same_v<M, FourBits>;
     static_assert(D / 32 <= kTeamWarps);
-    uint4 plain[D / 32][kWarp], narrow[kNarrow ? D / 32 : 1][kWarp];
+    uint4 plain[D / 32][kWarp];
+    uint4 hi[kNarrow || kPacked ? D / 32 : 1][kWarp], lo[kPacked ? D / 32 : 1][kWarp];  // in 8 bits hi is all of it
+    float4 start[2][kPacked ? D / 32 : 1][4];
 
     struct Chunk {
         uint4 plain, narrow;
@@ -52,15 +54,25 @@ struct SharedQuery {
         }
         return chunk;
     }
-    __device__ __forceinline__ void keep(const Chunk& chunk) {
+    __device__ __forceinline__ void keep(const Chunk& chunk, bool points) {
         const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
         if (warp >= D / 32) return;
         plain[warp][lane] = chunk.plain;
-        if constexpr (kNarrow) narrow[warp][lane] = chunk.narrow;
+        if constexpr (kNarrow) hi[warp][lane] = chunk.narrow;
+        if constexpr (kPacked) {
+            const PackedQuery q = PageTile<T, M, D>::prepare(chunk.plain, QueryParts<T>(points));
+            hi[warp][lane] = q.hi, lo[warp][lane] = q.lo;
+            if (lane < 4) start[0][warp][lane] = q.hi_start, start[1][warp][lane] = q.lo_start;
+        }
     }
     __device__ __forceinline__ uint4 to_attend(int chunk) const { return plain[chunk][threadIdx.x % kWarp]; }
-    __device__ __forceinline__ uint4 to_score(int chunk) const {
-        return kNarrow ? narrow[chunk][threadIdx.x % kWarp] : plain[chunk][threadIdx.x % kWarp];
+    __device__ __forceinline__ auto to_score(int chunk) const {
+        const int lane = threadIdx.x % kWarp;
+        if constexpr (kPacked) {
+            return PackedQuery{hi[chunk][lane], lo[chunk][lane], start[0][chunk][lane % 4], start[1][chunk][lane % 4]};
+        } else {
+            return kNarrow ? hi[chunk][lane] : plain[chunk][lane];
+        }
     }
 };
 

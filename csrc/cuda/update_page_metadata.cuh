@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock, D <= 128 ? 6 : 4)
         const T* keys = static_cast<const T*>(p.k_cache.data) + block * p.k_cache.block_stride +
                         part * page_size * p.k_cache.token_stride + head * p.k_cache.head_stride;
         M* bounds = static_cast<M*>(p.metadata.data) + block * p.metadata.block_stride + head * p.metadata.head_stride +
-                    part * (2 * D);
+                    part * kPageElements<M, D>;
         store_page_bounds<T, M, D>(keys, p.k_cache.token_stride, min(page_size, tokens - page * page_size), p.bound,
                                    bounds);
     }

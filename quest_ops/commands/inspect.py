@@ -31,7 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_bound(parser)
     parser.add_argument(
-        "--metadata", choices=("16", "8"), default="8", help="its bits; 16: as the cache's dtype (default: %(default)s)"
+        "--metadata",
+        choices=("16", "8", "4"),
+        default="4",
+        help="its bits; 16: as the cache's dtype (default: %(default)s)",
     )
     parser.add_argument("--new-tokens", type=int, default=32, help="decode steps to look at (default: %(default)s)")
     add_device(parser)
@@ -49,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         page_size=args.page_size,
         bound=args.bound,
         bound_scale=args.bound_scale,
-        metadata_dtype=torch.float8_e4m3fn if args.metadata == "8" else None,
+        metadata_dtype={"16": None, "8": torch.float8_e4m3fn, "4": torch.uint8}[args.metadata],
     )
     inspection_report.run(
         model=args.model,

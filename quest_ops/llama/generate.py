@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quest_ops.attention import QuestAttention
-from quest_ops.config import QuestConfig, check_int
+from quest_ops.config import QuestConfig, check_int, metadata_size
 
 from .batch import Batch, Call, Generation, split_prompts
 from .model import Llama
@@ -267,7 +267,7 @@ class Generator:
         if self._is_sparse(seq):
             quest_layers = config.num_hidden_layers - len(set(self.quest.dense_layers))
         group = config.num_attention_heads // config.num_key_value_heads
-        metadata_scale = self.cache.metadata_dtype.itemsize / self.cache.dtype.itemsize
+        metadata_scale = metadata_size(self.cache.metadata_dtype) / self.cache.dtype.itemsize
         if self.attention.keeps[slot]:
             metadata_scale = 0.0  # only a step that chooses pages reads it
         per_quest_layer = kv_tokens_read(length, self.quest, group=group, metadata_scale=metadata_scale)

@@ -66,7 +66,7 @@ def kv_tokens_read(length: int, quest: QuestConfig, *, group: int = 1, metadata_
 
         n * metadata_scale + heads * page_budget * page_size
 
-    A page's metadata, two vectors, weighs as much as one token's K and V times metadata_scale: its bytes an element
+    A page's metadata, two vectors, weighs as much as one token's K and V times metadata_scale: its bytes a number
     over the cache's. heads is 1, or with head_reduction "none" the group: each of its query heads reads its own pages.
     """
     pages = -(-length // quest.page_size)
