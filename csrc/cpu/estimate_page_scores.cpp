@@ -4,43 +4,15 @@
 #include <limits>
 #include <type_traits>
 
-#include "isa.h"
+#include "packed_scores.h"
 
 namespace quest::cpu::QUEST_CPU_ISA {
-// A number of a page that was in 4 bits: already in the cache.
-struct Unpacked {
-    float value;
-};
-inline Vec load(const Unpacked* p) { return load(&p->value); }
-inline void prefetch_row(const Unpacked*, int) {}
-
 namespace {
 
 constexpr int kChunkPages = 128;
 constexpr int kTilePages = 4;
 constexpr int kMaxTileHeads = kLanes == 16 ? 4 : 3;  // 4 pages by so many heads of sums fit in the registers
 constexpr int kPrefetchBytes = 4096;                 // so many in flight cover the latency
-constexpr int kUnpackedPages = 16;                   // of 4 bits: so many at once as float32, in the first cache
-
-// A page's lo and hi, [2 D].
-void unpack_page(const PackedInt4* page, int head_dim, Unpacked* numbers) {
-    const int groups = head_dim / kScaledChannels;
-    Half scales[2 * kMaxHeadDim / kScaledChannels] = {};
-    alignas(64) float s[2 * kMaxHeadDim / kScaledChannels];
-    std::memcpy(scales, page + head_dim, 2 * groups * sizeof(Half));
-    for (int i = 0; i < 2 * groups; i += kLanes) store(s + i, load(scales + i));
-    for (int vector = 0; vector < 2; ++vector) {
-        for (int c = 0; c < groups; ++c) {
-            for (int t = 0; t < 4; ++t) {
-                uint32_t word;
-                std::memcpy(&word, page + vector * head_dim / 2 + packed_word(head_dim, c, t) * sizeof(word),
-                            sizeof(word));
-                unpack_word(word, s[vector * groups + c], &numbers->value);
-                numbers += 8;
-            }
-        }
-    }
-}
 
 // How many pages of `length` numbers a prefetch runs ahead: a tile at least.
 template <typename Bound>
@@ -138,6 +110,15 @@ void score_tile(int heads, const Bound* const* pages, int num_pages, const Weigh
     }
 }
 
+template <int kHeads>
+void score_packed(const PackedInt4* const* pages, int num_pages, const Weights& w, int head_dim, bool points,
+                  float (*scores)[kChunkPages]) {
+    PackedWeights<kHeads> packed;
+    packed.take([&](int g) { return w.of_head[g]; }, kHeads, head_dim, points);
+    score_packed_pages(pages, num_pages, packed, head_dim, points, pages_ahead<PackedInt4>(packed_page_bytes(head_dim)),
+                       scores);
+}
+
 void max_into(float* best, const float* scores) {
     for (int i = 0; i < kChunkPages; i += kLanes) store(best + i, max_nan(load(best + i), load(scores + i)));
 }
@@ -158,13 +139,22 @@ void score_chunk(const EstimateParams& p, int64_t row, int kv_head, int64_t firs
     Weights w;
     alignas(64) float scores[kMaxTileHeads][kChunkPages] = {};
     const auto score = [&](int heads) {
-        score_tile(heads, pages, num_pages, w, points ? p.head_dim : 2 * p.head_dim, scores);
-        if (!points) return;
-        alignas(64) float of_second[kMaxTileHeads][kChunkPages] = {};
-        const Bound* second[kChunkPages];
-        for (int i = 0; i < num_pages; ++i) second[i] = pages[i] + p.head_dim;
-        score_tile(heads, second, num_pages, w, p.head_dim, of_second);
-        for (int i = 0; i < heads; ++i) max_into(scores[i], of_second[i]);
+        if constexpr (std::is_same_v<Bound, PackedInt4>) {
+            switch (heads) {
+                case 1: return score_packed<1>(pages, num_pages, w, p.head_dim, points, scores);
+                case 2: return score_packed<2>(pages, num_pages, w, p.head_dim, points, scores);
+                case 3: return score_packed<3>(pages, num_pages, w, p.head_dim, points, scores);
+                default: return score_packed<kMaxTileHeads>(pages, num_pages, w, p.head_dim, points, scores);
+            }
+        } else {
+            score_tile(heads, pages, num_pages, w, points ? p.head_dim : 2 * p.head_dim, scores);
+            if (!points) return;
+            alignas(64) float of_second[kMaxTileHeads][kChunkPages] = {};
+            const Bound* second[kChunkPages];
+            for (int i = 0; i < num_pages; ++i) second[i] = pages[i] + p.head_dim;
+            score_tile(heads, second, num_pages, w, p.head_dim, of_second);
+            for (int i = 0; i < heads; ++i) max_into(scores[i], of_second[i]);
+        }
     };
 
     if (mean && !points) {
@@ -218,27 +208,9 @@ void estimate_item(const EstimateParams& p, int64_t request, int kv_head, int64_
     }
     const int elements = page_elements<Bound>(p.head_dim), ahead = pages_ahead<Bound>(elements);
     for (int i = 0; i < std::min(most, ahead); ++i) prefetch_row(pages[i], elements);
-    // Pages `first` to `first + count` of the chunk, for every row.
-    const auto score_rows = [&](const auto* const* some, int first, int count) {
-        for (int64_t t = 0; t < p.rows_per_request; ++t) {
-            const int num_pages = std::min(pages_of_row(first_row + t) - first, count);
-            if (num_pages > 0) score_chunk<T>(p, first_row + t, kv_head, first_page + first, some, num_pages);
-        }
-    };
-    if constexpr (std::is_same_v<Bound, PackedInt4>) {
-        alignas(64) Unpacked numbers[kUnpackedPages][2 * kMaxHeadDim];
-        const Unpacked* unpacked[kUnpackedPages];
-        for (int first = 0; first < most; first += kUnpackedPages) {
-            const int count = std::min(kUnpackedPages, most - first);
-            for (int i = 0; i < count; ++i) {
-                prefetch_row(pages[std::min(first + i + ahead, most - 1)], elements);
-                unpacked[i] = numbers[0] + i * 2 * p.head_dim;
-                unpack_page(pages[first + i], p.head_dim, numbers[0] + i * 2 * p.head_dim);
-            }
-            score_rows(unpacked, first, count);
-        }
-    } else {
-        score_rows(pages, 0, most);
+    for (int64_t t = 0; t < p.rows_per_request; ++t) {
+        const int num_pages = pages_of_row(first_row + t);
+        if (num_pages > 0) score_chunk<T>(p, first_row + t, kv_head, first_page, pages, num_pages);
     }
 }
 

@@ -258,16 +258,40 @@ inline void store_bits(Float8E4M3* p, IntVec bits) {
 #endif
 }
 
-// The 8 numbers of a word of codes (params.h) and their scale. GCC and clang split vectors that are too wide.
-inline void unpack_word(uint32_t word, float scale, float* p) {
-    typedef uint32_t Words __attribute__((vector_size(32)));
-    typedef int32_t Codes __attribute__((vector_size(32)));
-    typedef float Numbers __attribute__((vector_size(32)));
-    constexpr Words kShifts = {packed_shift(0), packed_shift(1), packed_shift(2), packed_shift(3),
-                               packed_shift(4), packed_shift(5), packed_shift(6), packed_shift(7)};
-    const Codes codes = reinterpret_cast<Codes>((Words{} + word) >> kShifts & 15) - 8;
-    const Numbers numbers = __builtin_convertvector(codes, Numbers) * scale;
-    std::memcpy(p, &numbers, sizeof(numbers));
+// Of words of codes (params.h), a number from each: no more of them than the eight of a small head.
+#if defined(__AVX512F__)
+typedef float WordVec __attribute__((vector_size(32)));
+inline WordVec fma(WordVec a, WordVec b, WordVec c) { return _mm256_fmadd_ps(a, b, c); }
+inline Vec4 fold(WordVec v) { return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); }
+#else
+typedef Vec WordVec;
+#endif
+constexpr int kWordLanes = sizeof(WordVec) / 4;
+typedef uint32_t WordBits __attribute__((vector_size(sizeof(WordVec))));
+
+inline WordVec load_words(const float* p) {
+    WordVec v;
+    std::memcpy(&v, p, sizeof(v));
+    return v;
+}
+// Code i of each word.
+inline WordVec codes_of(WordBits words, int i) {
+    typedef int32_t Ints __attribute__((vector_size(sizeof(WordVec))));
+    return __builtin_convertvector(reinterpret_cast<Ints>(words >> packed_shift(i) & 15), WordVec);
+}
+// `count` (2 or 4) halves, again and again.
+inline WordVec repeat_halves(const void* p, int count) {
+#if defined(__AVX2__)
+    int64_t bits = 0;
+    std::memcpy(&bits, p, 4);
+    if (count == 2) return _mm256_cvtph_ps(_mm_set1_epi32(int32_t(bits)));
+    std::memcpy(&bits, p, 8);
+    return _mm256_cvtph_ps(_mm_set1_epi64x(bits));
+#else
+    Half halves[kWordLanes];
+    for (int i = 0; i < kWordLanes; i += count) std::memcpy(halves + i, p, count * sizeof(Half));
+    return load(halves);
+#endif
 }
 
 // A lower and an upper bound are rounded outward where the type is coarser than the numbers that they bound.
@@ -288,7 +312,8 @@ inline void store_upper(Float8E4M3* p, Vec v) { store_bits(p, e4m3_bits(v, Round
 inline void store_nearest(Float8E4M3* p, Vec v) { store_bits(p, e4m3_bits(v, Rounding::kNearest)); }
 
 // The sum of each of four vectors, every one by the same tree of additions: equal vectors give equal sums.
-inline Vec4 sum4(Vec a, Vec b, Vec c, Vec d) {
+template <typename Numbers>
+inline Vec4 sum4(Numbers a, Numbers b, Numbers c, Numbers d) {
     const Vec4 a4 = fold(a), b4 = fold(b), c4 = fold(c), d4 = fold(d);
 #if defined(__x86_64__)
     const Vec4 ab = _mm_unpacklo_ps(a4, b4) + _mm_unpackhi_ps(a4, b4);
