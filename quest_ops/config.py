@@ -196,10 +196,10 @@ class QuestConfig:
         """For contexts of about `tokens`: the page size that loses least there among those that read no more bytes than
         pages of 8 at `token_budget` do, by docs/accuracy.md, "Longer contexts".
 
-        Pages of 4 up to 8 budgets of context, of 8 up to 16, of 16 up to 64, else of 32. A larger page has less
-        metadata to read, and the budget is as much larger: by 9/512, 27/1024 of `tokens`; for pages of 4 it is smaller,
-        by 9/256. `settings` are the other fields; with page_size or metadata_dtype among them there is nothing left to
-        choose: TypeError.
+        Pages of 4 up to 8 budgets of context, of 256 tokens or more (they take longer to choose: docs/performance.md),
+        of 8 up to 16, of 16 up to 64, else of 32. A larger page has less metadata to read, and the budget is as much
+        larger: by 9/512, 27/1024 of `tokens`; for pages of 4 it is smaller, by 9/256. `settings` are the other fields;
+        with page_size or metadata_dtype among them there is nothing left to choose: TypeError.
         """
         check_int("tokens", tokens, 1)
         check_int("token_budget", token_budget, 1)
@@ -207,7 +207,9 @@ class QuestConfig:
             if name in settings:
                 raise TypeError(f"for_context chooses {name}, got {settings[name]!r}")
         budgets = tokens / token_budget
-        page_size = 4 if budgets <= 8 else 8 if budgets <= 16 else 16 if budgets <= 64 else 32
+        page_size = 8 if budgets <= 16 else 16 if budgets <= 64 else 32
+        if budgets <= 8 and token_budget >= 256:  # a smaller one has no room beside sink and recent tokens
+            page_size = 4
         # A page's metadata is 9/32 of K and V of a token of 16 bits.
         saved = 9 * (tokens // 8 - tokens // page_size) // 32
         return cls(page_size=page_size, token_budget=token_budget + saved, **settings)

@@ -51,6 +51,7 @@ def test_paper_is_as_the_paper_says():
     ("tokens", "budget", "page_size", "token_budget"),
     [
         (1, 2048, 4, 2048),
+        (2048, 256, 4, 184),
         (16384, 2048, 4, 1472),  # 8 budgets
         (16385, 2048, 8, 2048),
         (32768, 2048, 8, 2048),  # 16
@@ -67,6 +68,11 @@ def test_longer_contexts_have_larger_pages_and_budgets_of_as_many_bytes(tokens, 
     assert (config.bound, config.metadata_dtype) == ("principal", torch.uint8)
     read = config.token_budget + tokens / page_size * 9 / 32  # in tokens' K and V of 16 bits
     assert abs(read - (budget + tokens / 8 * 9 / 32)) <= 1
+
+
+def test_a_budget_without_room_for_smaller_pages_keeps_those_of_8():
+    config = QuestConfig.for_context(512, 128)
+    assert (config.page_size, config.token_budget) == (8, 128)
 
 
 def test_for_context_takes_no_page_size():
