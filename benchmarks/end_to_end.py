@@ -38,7 +38,8 @@ from peers import check_close, flashinfer_module, note
 from timing import graph_us, release_memory, steps_us
 
 from quest_ops import QuestConfig
-from quest_ops.llama.model import Llama, compile_options, default_dtype
+from quest_ops.llama.compile_options import compile_options
+from quest_ops.llama.model import Llama, default_dtype
 from quest_ops.llama.quantized import WEIGHTS as ROUNDED_WEIGHTS
 from quest_ops.llama.quantized import Int8Linear
 

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from quest_ops.cache import PagedKVCache
 from quest_ops.config import QuestConfig
 
+from .compile_options import compile_options
 from .config import LlamaConfig
 from .humming_linear import humming_takes
 from .linear import Linear, has_x86_vectors
 from .packed_int4 import PACKED
-from .quantized import QUANTIZED, Int8Linear, check_weights, low_bit_linear, round_linears, take_packed
+from .quantized import QUANTIZED, check_weights, low_bit_linear, round_linears, take_packed
 from .rope import RotaryEmbedding, rotate
 from .weights import Checkpoint, expected_shapes, find_checkpoint, load_checkpoint, packing_of
 
@@ -249,23 +250,6 @@ def compiled_parts(linear: type) -> tuple[Callable, ...]:
     """All layers share the code of these parts, so that compiling takes as long for 2 layers as for 80."""
     options = compile_options(linear)
     return tuple(torch.compile(part, options=options) for part in PARTS)
-
-
-def compile_options(linear: type) -> dict[str, object]:
-    """Options of torch.compile for a few rows, where most products are those of this class; none without a GPU."""
-    if not torch.cuda.is_available():
-        return {}
-    from torch._inductor import config  # takes seconds
-
-    options = {}
-    if hasattr(config.triton, "enable_pdl"):  # each kernel starts while the one before it ends: 4% less a step
-        options["triton.enable_pdl"] = True
-    if linear in (Linear, Int8Linear):
-        # Products by 16-bit weights: 7% less a step of one row of Llama-2-7B on an H100, 2% of eight rows, for 10 to 30
-        # seconds more at first; without a word. Other products are not torch's kernels, and what is left takes a few
-        # microseconds, which tuning cannot tell apart: a norm of 2.4 us then took 1.5 to 12.
-        options |= {"max_autotune_gemm": True, "coordinate_descent_tuning": True, "autotune_num_choices_displayed": 0}
-    return options
 
 
 def default_dtype(device: str | torch.device) -> torch.dtype:
