@@ -9,7 +9,7 @@ import torch
 from timing import after_reading_us, graph_us, wall_us
 
 import quest_ops
-from quest_ops.config import metadata_shape, metadata_size
+from quest_ops.config import NARROW_METADATA, metadata_shape, metadata_size
 
 HEAD_DIM = 128
 SINK_TOKENS, RECENT_TOKENS = 16, 64  # QuestConfig's defaults
@@ -79,7 +79,7 @@ class Case:
         return str(pages.bits or 8 * self.dtype.itemsize)
 
     def metadata_dtype(self, pages: Pages) -> torch.dtype:
-        return {8: torch.float8_e4m3fn, 4: torch.uint8, None: self.dtype}[pages.bits]
+        return NARROW_METADATA[pages.bits] if pages.bits else self.dtype
 
 
 def counted_bytes(case: Case, path: str, pages: Pages) -> int:

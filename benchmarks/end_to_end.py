@@ -38,6 +38,7 @@ from peers import check_close, flashinfer_module, note
 from timing import graph_us, release_memory, steps_us
 
 from quest_ops import QuestConfig
+from quest_ops.config import NARROW_METADATA
 from quest_ops.llama.compile_options import compile_options
 from quest_ops.llama.model import Llama, default_dtype
 from quest_ops.llama.quantized import WEIGHTS as ROUNDED_WEIGHTS
@@ -50,7 +51,7 @@ POLICIES = {
     "minmax-8bit": {"page_size": 16, "bound": "minmax", "metadata_dtype": torch.float8_e4m3fn},
     **{f"pages-of-{size}": {"page_size": size} for size in (4, 16, 32)},
 }
-BITS = {torch.float8_e4m3fn: "8", torch.uint8: "4"}  # of metadata that is not in the cache's dtype
+BITS = {dtype: str(bits) for bits, dtype in NARROW_METADATA.items()}  # of metadata not in the cache's dtype
 ATTENTIONS = tuple(figures.ATTENTIONS)
 CONTEXTS = tuple(1024 * k for k in (8, 16, 32, 64, 128))
 QUICK_CONTEXTS = tuple(1024 * k for k in (2, 4, 8))

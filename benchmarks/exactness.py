@@ -52,10 +52,8 @@ def is_tie(layers: Layers, i: int, pages: Pages, row: int, head: int, lost: Tens
     query = layers.queries[i][row].double().unflatten(0, (case.kv_heads, -1))[head]  # [G, D]
 
     def of(numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        bounds = layers.metadata(pages)[i][layers.table[row, numbers // parts].long(), head, numbers % parts]
-        if bounds.dtype == torch.uint8:
-            bounds = reference.unpack_bounds(bounds)
-        bounds = bounds.double()
+        stored = layers.metadata(pages)[i][layers.table[row, numbers // parts].long(), head, numbers % parts]
+        bounds = reference.numbers_of(stored, torch.float64)
         lo, hi = bounds.unbind(1)
         scores = reference.scores_of_pages(query, lo, hi, pages.bound)
         return bounds, scores.amax(0), (query.abs() @ bounds.abs().amax(1).T).amax(0)

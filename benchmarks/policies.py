@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from quest_ops import QuestConfig
+from quest_ops.config import NARROW_METADATA, metadata_size
 from quest_ops.head_budgets import load_head_budgets
 
 BLOCK_SIZE = 16  # tokens of a block in the documents' cache, and in that of every policy whose pages fit one
@@ -75,7 +76,7 @@ class Policy:
             "bound": self.bound,
             "bound_scale": self.bound_scale,
             "select_every": self.select_every,
-            "metadata_dtype": {16: None, 8: torch.float8_e4m3fn, 4: torch.uint8}[self.metadata_bits],
+            "metadata_dtype": self.metadata_dtype,
             "head_budgets": self.head_budgets,
         }
         if self.paper:
@@ -88,12 +89,17 @@ class Policy:
         return QuestConfig(sink_tokens=16, recent_tokens=recent, **settings)
 
     @property
+    def metadata_dtype(self) -> torch.dtype | None:
+        """None: the cache's."""
+        return None if self.metadata_bits == 16 else NARROW_METADATA[self.metadata_bits]
+
+    @property
     def metadata_bytes(self) -> float | None:
         """Of a token, in units of the paper's: pages of 16, 16 bits a number. None: the oracle's are all keys."""
         if self.oracle:
             return None
-        share = {16: 1.0, 8: 0.5, 4: 9 / 32}[self.metadata_bits]  # in 4 bits with a scale for 32 numbers
-        return 0.0 if self.recent_only else 16 / self.page_size * share
+        size = metadata_size(self.metadata_dtype or torch.bfloat16)
+        return 0.0 if self.recent_only else 16 / self.page_size * size / 2
 
 
 BEST = Policy("principal 1, pages of 8, 4-bit", bound="principal", page_size=8, metadata_bits=4)

@@ -7,7 +7,7 @@ from collections import Counter
 
 import torch
 
-from quest_ops.config import PAGE_SIZES, check_int, metadata_shape
+from quest_ops.config import NARROW_METADATA, PAGE_SIZES, check_int, metadata_shape
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = (64, 128, 256)
@@ -92,7 +92,7 @@ class PagedKVCache:
             raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}")
         if dtype == torch.float32 and self.device.type != "cpu":
             raise ValueError(f"dtype float32 is supported on a CPU only, got device {device!r}")
-        if metadata_dtype not in (None, dtype, torch.float8_e4m3fn, torch.uint8):
+        if metadata_dtype not in (None, dtype, *NARROW_METADATA.values()):
             raise ValueError(
                 f"metadata_dtype must be None, the cache's dtype {dtype}, torch.float8_e4m3fn or torch.uint8 (4 bits a "
                 f"number), got {metadata_dtype!r}"

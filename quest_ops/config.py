@@ -12,7 +12,13 @@ HEAD_REDUCTIONS = ("max", "mean", "none")
 BOUNDS = ("minmax", "cuboid", "mean_std", "principal")
 BLOCK_TOKENS = 16
 FLOAT32 = torch.finfo(torch.float32)
-METADATA_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.uint8)
+NARROW_METADATA = {8: torch.float8_e4m3fn, 4: torch.uint8}  # by the bits of a number
+METADATA_DTYPES = (torch.bfloat16, torch.float16, torch.float32, *NARROW_METADATA.values())
+
+
+def metadata_has_parts(page_metadata: torch.Tensor) -> bool:
+    """Whether dimension 2 counts the pages of a block; where not, a block is one page."""
+    return page_metadata.dim() == 5 or page_metadata.dtype == torch.uint8
 
 
 def metadata_shape(dtype: torch.dtype, head_dim: int) -> tuple[int, ...]:

@@ -9,6 +9,8 @@ import functools
 import torch
 from torch import Tensor
 
+from quest_ops.config import metadata_has_parts
+
 _FP8 = torch.float8_e4m3fn
 _FP8_GRID = torch.arange(256, dtype=torch.uint8).view(_FP8).float()
 _FP8_GRID = torch.unique(_FP8_GRID[~_FP8_GRID.isnan()] + 0.0)  # ascending, one zero
@@ -101,10 +103,8 @@ def estimate_page_scores(
     for r, length in enumerate(seq_lens.tolist()):
         num_pages = _ceil_div(_clamp_length(length, num_pages_max * page_size), page_size)
         blocks = block_table[r // (rows // block_table.size(0)), : _ceil_div(num_pages, parts)].long()
-        bounds = metadata[blocks].transpose(1, 2).flatten(0, 1)[:num_pages]
-        if bounds.dtype == torch.uint8:
-            bounds = unpack_bounds(bounds)
-        bounds = bounds.to(compute)  # [num_pages, Hkv, 2, D]
+        stored = metadata[blocks].transpose(1, 2).flatten(0, 1)[:num_pages]
+        bounds = numbers_of(stored, compute)  # [num_pages, Hkv, 2, D]
         for h in range(kv_heads):
             lo, hi = bounds[:, h, 0], bounds[:, h, 1]
             q = grouped[r, h]
@@ -121,6 +121,11 @@ def scores_of_pages(query: Tensor, lo: Tensor, hi: Tensor, bound: str) -> Tensor
     if bound == "principal":
         return torch.maximum(query @ hi.T, query @ lo.T)
     return query.clamp(min=0) @ hi.T + query.clamp(max=0) @ lo.T
+
+
+def numbers_of(bounds: Tensor, dtype: torch.dtype) -> Tensor:
+    """lo, hi `[..., 2, D]` in a wider dtype, of metadata in any."""
+    return (unpack_bounds(bounds) if bounds.dtype == torch.uint8 else bounds).to(dtype)
 
 
 def pack_bounds(lo: Tensor, hi: Tensor, outward: bool) -> Tensor:
@@ -350,8 +355,7 @@ def _compute_dtype(*tensors: Tensor) -> torch.dtype:
 def _with_parts(page_metadata: Tensor) -> Tensor:
     """`[num_blocks, Hkv, M, 2, D]`, in 4 bits `[num_blocks, Hkv, M, 9 * D / 8]`; the form without M means one page a
     block."""
-    has_parts = page_metadata.dim() == 5 or page_metadata.dtype == torch.uint8
-    return page_metadata if has_parts else page_metadata.unsqueeze(2)
+    return page_metadata if metadata_has_parts(page_metadata) else page_metadata.unsqueeze(2)
 
 
 def _listed_pages(page_ids: Tensor, page_counts: Tensor | None, row: int, head: int) -> Tensor:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from quest_ops.commands.arguments import add_bound, add_budget, add_device, add_model, need_extra, read_prompt
-from quest_ops.config import QuestConfig
+from quest_ops.config import NARROW_METADATA, QuestConfig
 
 DESCRIPTION = """\
 Reads a prompt with dense attention, decodes greedily with Quest, and draws into a folder which pages it chooses by
@@ -42,8 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     need_extra()
-    import torch
-
     from quest_ops import inspection_report
     from quest_ops.info import choose_device
 
@@ -52,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         page_size=args.page_size,
         bound=args.bound,
         bound_scale=args.bound_scale,
-        metadata_dtype={"16": None, "8": torch.float8_e4m3fn, "4": torch.uint8}[args.metadata],
+        metadata_dtype=None if args.metadata == "16" else NARROW_METADATA[int(args.metadata)],
     )
     inspection_report.run(
         model=args.model,
