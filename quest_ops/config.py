@@ -16,11 +16,6 @@ NARROW_METADATA = {8: torch.float8_e4m3fn, 4: torch.uint8}  # by the bits of a n
 METADATA_DTYPES = (torch.bfloat16, torch.float16, torch.float32, *NARROW_METADATA.values())
 
 
-def metadata_has_parts(page_metadata: torch.Tensor) -> bool:
-    """Whether dimension 2 counts the pages of a block; where not, a block is one page."""
-    return page_metadata.dim() == 5 or page_metadata.dtype == torch.uint8
-
-
 def metadata_shape(dtype: torch.dtype, head_dim: int) -> tuple[int, ...]:
     """Of one page and KV head's metadata: (2, D); in 4 bits, dtype uint8, (9 * D // 8,) bytes (quest_ops/ops.py)."""
     return (9 * head_dim // 8,) if dtype == torch.uint8 else (2, head_dim)

@@ -47,7 +47,7 @@ import os
 import torch
 from torch import Tensor
 
-from quest_ops.config import PAGE_SIZES, metadata_has_parts
+from quest_ops.config import PAGE_SIZES
 
 _ops = torch.ops.quest_ops
 
@@ -389,7 +389,8 @@ def _checking() -> bool:
 
 def _parts(page_metadata: Tensor) -> int:
     """Pages a block."""
-    return page_metadata.size(2) if metadata_has_parts(page_metadata) else 1
+    has_parts = page_metadata.dim() == 5 or page_metadata.dtype == torch.uint8
+    return page_metadata.size(2) if has_parts else 1
 
 
 def _has_values(tensor: Tensor, ranks: tuple[int, ...], dtype: torch.dtype | None = None) -> bool:

@@ -9,8 +9,6 @@ import functools
 import torch
 from torch import Tensor
 
-from quest_ops.config import metadata_has_parts
-
 _FP8 = torch.float8_e4m3fn
 _FP8_GRID = torch.arange(256, dtype=torch.uint8).view(_FP8).float()
 _FP8_GRID = torch.unique(_FP8_GRID[~_FP8_GRID.isnan()] + 0.0)  # ascending, one zero
@@ -355,7 +353,8 @@ def _compute_dtype(*tensors: Tensor) -> torch.dtype:
 def _with_parts(page_metadata: Tensor) -> Tensor:
     """`[num_blocks, Hkv, M, 2, D]`, in 4 bits `[num_blocks, Hkv, M, 9 * D / 8]`; the form without M means one page a
     block."""
-    return page_metadata if metadata_has_parts(page_metadata) else page_metadata.unsqueeze(2)
+    has_parts = page_metadata.dim() == 5 or page_metadata.dtype == torch.uint8
+    return page_metadata if has_parts else page_metadata.unsqueeze(2)
 
 
 def _listed_pages(page_ids: Tensor, page_counts: Tensor | None, row: int, head: int) -> Tensor:
