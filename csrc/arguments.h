@@ -66,32 +66,25 @@ inline void check_values_like_keys(const Arg& k_cache, const Arg& v_cache) {
     for (int64_t i = 0; i < 4; ++i) v_cache.expect_size(i, k_cache.sizes[i], "k_cache's");
 }
 
-// page_metadata [num_blocks, Hkv, M, packed_page_bytes(D)] in 4 bits; returns M.
-inline int32_t check_packed_metadata(const Arg& metadata, int64_t head_dim) {
-    const int64_t bytes = packed_page_bytes(static_cast<int>(head_dim));
-    if (metadata.rank != 4)
-        fail("page_metadata in uint8 (4 bits a number) must have shape [num_blocks, num_kv_heads, pages_per_block, ",
-             bytes, "], got ", metadata.shape_text());
-    metadata.expect_aligned_rows(head_dim < 128 ? 8 : 16);
-    metadata.expect_narrow_strides();
-    metadata.expect_size(3, bytes, "9 / 8 of head_dim, a page's bytes in 4 bits a number,");
-    if (metadata.sizes[2] > 1 && metadata.strides[2] != bytes)
-        fail("page_metadata must be contiguous within a block and head, got strides [", join(metadata.tensor.strides()),
-             "]");
-    return narrow("pages_per_block", metadata.sizes[2]);
-}
-
-// page_metadata [num_blocks, Hkv, 2, D] or [num_blocks, Hkv, M, 2, D], or as above; returns M.
+// page_metadata [num_blocks, Hkv, 2, D] or [num_blocks, Hkv, M, 2, D], in 4 bits [num_blocks, Hkv, M,
+// packed_page_bytes(D)]; returns M.
 inline int32_t check_metadata(const Arg& metadata, int64_t head_dim) {
-    if (metadata.dtype == ScalarType::Byte) return check_packed_metadata(metadata, head_dim);
-    const bool blocks_of_pages = metadata.rank == 5;
-    metadata.expect_aligned_rows();
+    const bool packed = metadata.dtype == ScalarType::Byte;
+    const int64_t page = packed ? packed_page_bytes(static_cast<int>(head_dim)) : 2 * head_dim;  // elements
+    if (packed && metadata.rank != 4)
+        fail("page_metadata in uint8 (4 bits a number) must have shape [num_blocks, num_kv_heads, pages_per_block, ",
+             page, "], got ", metadata.shape_text());
+    metadata.expect_aligned_rows(packed && head_dim < 128 ? 8 : 16);
     metadata.expect_narrow_strides();
-    metadata.expect_size(metadata.rank - 1, head_dim, "head_dim");
-    metadata.expect_size(metadata.rank - 2, 2, "the pair of bounds (lo, hi)");
-    const int64_t pages_per_block = blocks_of_pages ? metadata.sizes[2] : 1;
-    if (metadata.strides[metadata.rank - 2] != head_dim ||
-        (blocks_of_pages && pages_per_block > 1 && metadata.strides[2] != 2 * head_dim))
+    const int64_t last = metadata.rank - 1;
+    if (packed) {
+        metadata.expect_size(last, page, "9 / 8 of head_dim, a page's bytes in 4 bits a number,");
+    } else {
+        metadata.expect_size(last, head_dim, "head_dim");
+        metadata.expect_size(last - 1, 2, "the pair of bounds (lo, hi)");
+    }
+    const int64_t pages_per_block = packed || metadata.rank == 5 ? metadata.sizes[2] : 1;
+    if ((!packed && metadata.strides[last - 1] != head_dim) || (pages_per_block > 1 && metadata.strides[2] != page))
         fail("page_metadata must be contiguous within a block and head, got strides [", join(metadata.tensor.strides()),
              "]");
     return narrow("pages_per_block", pages_per_block);

@@ -10,7 +10,6 @@ namespace quest::cpu::QUEST_CPU_ISA {
 namespace {
 
 constexpr int kChunkPages = 128;
-constexpr int kTilePages = 4;
 constexpr int kMaxTileHeads = kLanes == 16 ? 4 : 3;  // 4 pages by so many heads of sums fit in the registers
 constexpr int kPrefetchBytes = 4096;                 // so many in flight cover the latency
 
@@ -99,14 +98,14 @@ void score_pages(const Bound* const* pages, int num_pages, const Weights& w, int
     }
 }
 
-template <typename Bound>
-void score_tile(int heads, const Bound* const* pages, int num_pages, const Weights& w, int length,
-                float (*scores)[kChunkPages]) {
+// How many of a tile's heads there are, known to the compiler.
+template <typename F>
+void with_heads(int heads, F&& f) {
     switch (heads) {
-        case 1: return score_pages<1>(pages, num_pages, w, length, scores);
-        case 2: return score_pages<2>(pages, num_pages, w, length, scores);
-        case 3: return score_pages<3>(pages, num_pages, w, length, scores);
-        default: return score_pages<kMaxTileHeads>(pages, num_pages, w, length, scores);
+        case 1: return f(std::integral_constant<int, 1>{});
+        case 2: return f(std::integral_constant<int, 2>{});
+        case 3: return f(std::integral_constant<int, 3>{});
+        default: return f(std::integral_constant<int, kMaxTileHeads>{});
     }
 }
 
@@ -139,22 +138,19 @@ void score_chunk(const EstimateParams& p, int64_t row, int kv_head, int64_t firs
     Weights w;
     alignas(64) float scores[kMaxTileHeads][kChunkPages] = {};
     const auto score = [&](int heads) {
-        if constexpr (std::is_same_v<Bound, PackedInt4>) {
-            switch (heads) {
-                case 1: return score_packed<1>(pages, num_pages, w, p.head_dim, points, scores);
-                case 2: return score_packed<2>(pages, num_pages, w, p.head_dim, points, scores);
-                case 3: return score_packed<3>(pages, num_pages, w, p.head_dim, points, scores);
-                default: return score_packed<kMaxTileHeads>(pages, num_pages, w, p.head_dim, points, scores);
+        with_heads(heads, [&](auto known) {
+            if constexpr (std::is_same_v<Bound, PackedInt4>) {
+                score_packed<known()>(pages, num_pages, w, p.head_dim, points, scores);
+            } else {
+                score_pages<known()>(pages, num_pages, w, points ? p.head_dim : 2 * p.head_dim, scores);
+                if (!points) return;
+                alignas(64) float of_second[kMaxTileHeads][kChunkPages] = {};
+                const Bound* second[kChunkPages];
+                for (int i = 0; i < num_pages; ++i) second[i] = pages[i] + p.head_dim;
+                score_pages<known()>(second, num_pages, w, p.head_dim, of_second);
+                for (int i = 0; i < heads; ++i) max_into(scores[i], of_second[i]);
             }
-        } else {
-            score_tile(heads, pages, num_pages, w, points ? p.head_dim : 2 * p.head_dim, scores);
-            if (!points) return;
-            alignas(64) float of_second[kMaxTileHeads][kChunkPages] = {};
-            const Bound* second[kChunkPages];
-            for (int i = 0; i < num_pages; ++i) second[i] = pages[i] + p.head_dim;
-            score_tile(heads, second, num_pages, w, p.head_dim, of_second);
-            for (int i = 0; i < heads; ++i) max_into(scores[i], of_second[i]);
-        }
+        });
     };
 
     if (mean && !points) {

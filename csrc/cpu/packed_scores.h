@@ -1,10 +1,12 @@
 // Scores of pages whose metadata is in 4 bits a number (params.h). From several words of codes it takes code i at once;
-// the weights of these channels stand together. A lane's words share their scales, and what a code of 0 to 15 counts
+// the weights of these channels stand together. The channels of a word share a scale, and what a code of 0 to 15 counts
 // too much, eight times the weights, is taken off at the start.
 #pragma once
 #include "isa.h"
 
 namespace quest::cpu::QUEST_CPU_ISA {
+
+constexpr int kTilePages = 4;  // that are scored at once: what sum4 takes
 
 // Weights of kHeads query heads for [lo, hi], each of D channels.
 template <int kHeads>
@@ -63,13 +65,13 @@ inline void score_side(const PackedInt4* page, int side, const PackedWeights<kHe
     }
 }
 
-// Four pages at once; the last ones repeat the last page. scores[g][page].
+// A tile at once; the last pages repeat the last one. scores[g][page].
 template <int kHeads, int kRow>
 void score_packed_pages(const PackedInt4* const* pages, int num_pages, const PackedWeights<kHeads>& w, int head_dim,
                         bool points, int ahead, float (*scores)[kRow]) {
-    for (int first = 0; first < num_pages; first += 4) {
-        WordVec sums[2][4][kHeads];
-        for (int i = 0; i < 4; ++i) {
+    for (int first = 0; first < num_pages; first += kTilePages) {
+        WordVec sums[2][kTilePages][kHeads];
+        for (int i = 0; i < kTilePages; ++i) {
             prefetch_row(pages[std::min(first + i + ahead, num_pages - 1)], packed_page_bytes(head_dim));
             for (int side = 0; side < 2; ++side)
                 score_side(pages[std::min(first + i, num_pages - 1)], side, w, head_dim, sums[side][i]);
