@@ -24,6 +24,8 @@ import torch
 from cases import CASES, EXTRA_CASES, PAGES, QUICK_CASES, Case, Layers, Pages, counted_bytes
 from timing import release_memory
 
+from quest_ops.cache import MAX_PAGES_PER_BLOCK
+
 FLOOR_START_US, FLOOR_BYTES_PER_US = 2.3, 2.95e6
 HEADER = f"{'case':22}{'path':20}{'page':>5}{'bits':>5}{'us':>10}{'GB/s':>8}{'floor':>9}{'ratio':>8}"
 
@@ -156,8 +158,12 @@ def main() -> None:
         chosen = tuple(PAGES[name] for name in args.pages)
         if wrong := [case.name for case in cases if any(case.block_size % pages.size for pages in chosen)]:
             parser.error(f"--pages {', '.join(args.pages)} do not divide the blocks of {', '.join(wrong)}")
-        if wrong := [case.name for case in cases if any(case.block_size > 8 * pages.size for pages in chosen)]:
-            parser.error(f"--pages {', '.join(args.pages)}: more than 8 in a block of {', '.join(wrong)}")
+        if wrong := [
+            case.name for case in cases if any(case.block_size > MAX_PAGES_PER_BLOCK * pages.size for pages in chosen)
+        ]:
+            parser.error(
+                f"--pages {', '.join(args.pages)}: more than {MAX_PAGES_PER_BLOCK} in a block of {', '.join(wrong)}"
+            )
         cases = [replace(case, pages=chosen) for case in cases]
     device = "cpu" if args.quick else "cuda"
     if args.phases:
@@ -167,10 +173,10 @@ def main() -> None:
             parser.error(str(error))
         what, rows = phases.WHAT, phases.measure(clocks, cases)
     else:
-        what, rows = "microseconds a layer", []
+        what, rows, main_cases = "microseconds a layer", [], {case.name for case in CASES}
         print(HEADER)
         for case in cases:
-            new = measure(case, device, public=case.name in {case.name for case in CASES})
+            new = measure(case, device, public=case.name in main_cases)
             for row in new:
                 show(row)
             rows += new
