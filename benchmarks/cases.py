@@ -253,6 +253,17 @@ EXTRA_CASES = [
         for size in (32, 64)
     ),
     *(replace(_BASE, name=f"gqa8-32k-b1-budget{budget}", budget=budget) for budget in (512, 1024, 4096, 8192)),
+    # Short contexts of small budgets: what QuestConfig.for_context gives pages of 4.
+    *(
+        replace(
+            case,
+            name=f"{case.name}-budget{budget}",
+            budget=budget,
+            pages=(Pages(16), DEFAULT_PAGES, PAGES["pages of 4, 4-bit"]),
+        )
+        for case in (_gqa8(8), Case("mha-8k-b1", (8192,), kv_heads=32))
+        for budget in (512, 1024)
+    ),
 ]
 
 _SMALL = Case(

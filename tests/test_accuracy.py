@@ -74,14 +74,16 @@ def test_policies_of_equal_bytes_read_what_the_defaults_read(bench, context):
     case = cases.Case("defaults", (context,), budget=1024, **shape)
     assert bench.policies.BEST.budget_at(1024, context) == 1024
     policies = [p for p in bench.policies.NAMED if p.equal_bytes]
-    found = {(p.metadata_bits, p.page_size): p.budget_at(1024, context) for p in policies}
-    assert found.keys() == {(8, 16), (8, 32), (4, 4), (4, 16), (4, 32)}
-    assert found[8, 16] == 1024 + context // 32 and found[8, 32] == 1024 + context * 3 // 64 // 32 * 32
-    for (bits, size), budget in found.items():
+    found = {(p.equal_bytes, p.metadata_bits, p.page_size): p.budget_at(1024, context) for p in policies}
+    paper, best = 1.0, bench.policies.BEST.metadata_bytes
+    assert found.keys() == {(paper, 8, 16), (paper, 8, 32), (paper, 4, 4), (best, 4, 4), (best, 4, 16), (best, 4, 32)}
+    assert found[paper, 8, 16] == 1024 + context // 32
+    assert found[paper, 8, 32] == 1024 + context * 3 // 64 // 32 * 32
+    for (equal_to, bits, size), budget in found.items():
         if budget < 128:
             assert size == 4 and context > 16384, "their metadata alone is as many bytes"
             continue
-        expected = cases.counted_bytes(case, "quest", cases.Pages(8, bits))
+        expected = cases.counted_bytes(case, "quest", cases.Pages(8, 8 if equal_to == paper else 4))
         read = cases.counted_bytes(dataclasses.replace(case, budget=budget), "quest", cases.Pages(size, bits))
         assert 0 <= expected - read < size * 2 * 3 * 64 * 2, "but for less than a page"
 
