@@ -46,6 +46,13 @@ PYBIND11_MODULE(_C, module) {
         "Thread blocks of quest_decode_step's one launch beside the `blocks` of its teams: they append `items` (token, "
         "KV head) pairs; 0 with items: an append of its own comes first.");
     module.def(
+        "starts_as_gang",
+        [](int capability, int num_sms, int64_t blocks, int head_dim) {
+            return quest::starts_as_gang({capability, num_sms}, blocks, head_dim);
+        },
+        py::arg("capability"), py::arg("num_sms"), py::arg("blocks"), py::arg("head_dim"),
+        "Whether a launch of teams, `blocks` in all, starts all blocks at once; else they take places as they start.");
+    module.def(
         "overlaps_launches", [](int capability) { return quest::overlaps_launches({capability, 1}); },
         py::arg("capability"), "Whether kernels are chained by programmatic dependent launch.");
 }

@@ -120,7 +120,7 @@ void sparse_decode_attention(const AttentionParams& params, const AppendParams& 
         const int32_t group = params.num_q_heads / params.num_kv_heads,
                       team_log2 = plan_team(scope.chip, teams, group, params.head_dim, 0);
         if (team_log2 >= 0) {
-            check_workspace_size(*workspace, teams * team_words(1 << team_log2, group, params.head_dim, 0));
+            check_workspace_size(*workspace, workspace_words(teams, 1 << team_log2, group, params.head_dim, 0));
             FusedParams dense{};
             dense.attention = params;
             dense.append = append;
@@ -152,7 +152,7 @@ bool fused_quest_decode_attention(FusedParams params, const torch::stable::Tenso
     const int32_t group = a.num_q_heads / a.num_kv_heads, max_pages = a.paging.max_pages(),
                   team_log2 = plan_team(scope.chip, teams, group, a.head_dim, max_pages);
     if (team_log2 < 0 || a.num_blocks == 0) return false;
-    const int64_t words = teams * team_words(1 << team_log2, group, a.head_dim, max_pages);
+    const int64_t words = workspace_words(teams, 1 << team_log2, group, a.head_dim, max_pages);
     torch::stable::Tensor scratch;
     if (workspace) {
         check_workspace_size(*workspace, words);

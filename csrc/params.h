@@ -3,6 +3,8 @@
 #pragma once
 #include <cstdint>
 
+#include "host_device.h"
+
 namespace quest {
 
 enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kFloat8E4M3, kInt4 };
@@ -22,11 +24,11 @@ struct BoundRule {
 // loads its part of a row of mma operands at once, and takes two numbers of 16 bits out of a word by a mask.
 constexpr int kScaledChannels = 32;
 constexpr int packed_page_bytes(int head_dim) { return head_dim + head_dim / 8; }
-constexpr int packed_word(int head_dim, int c, int t) {
+QUEST_HOST_DEVICE constexpr int packed_word(int head_dim, int c, int t) {
     const int together = head_dim < 128 ? head_dim / kScaledChannels : 4;
     return c / together * 4 * together + t * together + c % together;
 }
-constexpr int packed_shift(int i) { return i % 2 * 16 + i / 2 * 4; }
+QUEST_HOST_DEVICE constexpr int packed_shift(int i) { return i % 2 * 16 + i / 2 * 4; }
 constexpr float kLargestCode = 7;
 
 // [num_blocks, S, Hkv, D]

@@ -4,11 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define QUEST_HOST_DEVICE __host__ __device__
-#else
-#define QUEST_HOST_DEVICE
-#endif
+#include "host_device.h"
 
 namespace quest {
 
@@ -64,6 +60,7 @@ constexpr int kTeamWarps = 8;            // a block
 constexpr int kMaxTeamLog2 = 4, kMaxTeam = 1 << kMaxTeamLog2;
 constexpr int kMaxTeamGroup = 8;  // query heads a KV head: the columns of an mma
 constexpr int64_t kWorkspaceBytes = 8 << 20;
+constexpr int kArrivalWords = 32;  // of a workspace, before the teams' words: the first counts blocks as they start
 
 // Words of workspace: flags, parts of the output, bounds and entries of shortlists, the keys of a team's pages.
 // Multiples of 4, so that blocks move 16 bytes at once. max_pages: 0 where nothing is selected.
@@ -74,6 +71,11 @@ QUEST_HOST_DEVICE inline int64_t team_words(int32_t team_size, int32_t group, in
     return kMaxTeam + int64_t(2) * team_size * group * head_dim + shortlist_words(max_pages) + (max_pages + 3) / 4 * 4;
 }
 
+QUEST_HOST_DEVICE inline int64_t workspace_words(int64_t teams, int32_t team_size, int32_t group, int32_t head_dim,
+                                                 int32_t max_pages) {
+    return kArrivalWords + teams * team_words(team_size, group, head_dim, max_pages);
+}
+
 // Blocks that are on the chip at once.
 inline int64_t resident_blocks(Chip chip, int32_t head_dim) {
     return int64_t(chip.num_sms) * (head_dim <= 128 ? 2 : 1);
@@ -82,17 +84,24 @@ inline int64_t resident_blocks(Chip chip, int32_t head_dim) {
 // Returns n; -1: take the portable path. max_pages 0: dense attention, nothing is selected.
 inline int32_t plan_team(Chip chip, int64_t teams, int32_t group, int32_t head_dim, int32_t max_pages) {
     if (chip.capability < 90 || group > kMaxTeamGroup || teams == 0 || max_pages > kMaxFusedPages) return -1;
-    // A block an SM leaves room for the next launch's beside it, and was faster than two an SM wherever a team then has
-    // four blocks or more (docs/performance.md).
+    // A block an SM leaves room for the next launch's beside it, and was faster than two an SM where a team then has
+    // eight or more (docs/performance.md).
     auto largest = [&](int64_t blocks) {
         int32_t n = kMaxTeamLog2;
         while (n > 0 && teams << n > blocks) --n;
         return n;
     };
     int32_t n = largest(chip.num_sms);
-    if (n < 2) n = largest(resident_blocks(chip, head_dim));
-    const int64_t bytes = teams * team_words(1 << n, group, head_dim, max_pages) * 4;
+    if (n < 3) n = largest(resident_blocks(chip, head_dim));
+    const int64_t bytes = workspace_words(teams, 1 << n, group, head_dim, max_pages) * 4;
     return n > 0 && bytes <= kWorkspaceBytes ? n : -1;
+}
+
+// Whether a launch of teams starts all of its blocks at once (cooperatively): where two launches fit on the chip, so
+// that it never waits for its predecessor to leave. Otherwise blocks start one by one as room is made, and take their
+// places in teams in that order: of all teams one at most waits for blocks that have not started.
+inline bool starts_as_gang(Chip chip, int64_t blocks, int32_t head_dim) {
+    return 2 * blocks <= resident_blocks(chip, head_dim);
 }
 
 // Blocks of the same launch beside `blocks` of teams: they append `items` (token, KV head) pairs, a warp each. Up to a

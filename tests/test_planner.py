@@ -67,10 +67,10 @@ def test_walking_blocks(chip, items, max_pages, pages_per_block, blocks):
         (H100, 8, 256, 16),
         (H100, 9, 128, 8),  # 144 blocks of teams of 16 would be two on some SMs
         (H100, 16, 128, 8),
-        (H100, 17, 128, 4),
-        (H100, 32, 128, 4),  # MHA, batch 1
-        (H100, 33, 128, 4),
-        (H100, 34, 128, 4),  # 136 blocks: teams of 2 would have an SM a block, so two an SM
+        (H100, 17, 128, 8),  # teams of 4 would have an SM a block, so two an SM
+        (H100, 32, 128, 8),  # MHA, batch 1
+        (H100, 33, 128, 8),
+        (H100, 34, 128, 4),
         (H100, 64, 64, 4),
         (H100, 66, 128, 4),  # 264 blocks: as many as are resident
         (H100, 67, 128, 2),
@@ -83,11 +83,11 @@ def test_walking_blocks(chip, items, max_pages, pages_per_block, blocks):
         (H100, 10**10, 128, 0),
         (H100, 0, 128, 0),  # no rows
         (H200_SLICE, 3, 128, 16),
-        (H200_SLICE, 8, 128, 4),
+        (H200_SLICE, 8, 128, 8),
         (H200_SLICE, 60, 128, 2),
         (H200_SLICE, 61, 128, 0),
         (B200, 9, 128, 16),
-        (B200, 37, 128, 4),
+        (B200, 37, 128, 8),
         (A100, 8, 128, 0),
     ],
 )
@@ -145,10 +145,25 @@ def test_all_blocks_of_a_team_are_resident(num_sms, head_dim, max_pages):
         size = _C.plan_team(capability=90, num_sms=num_sms, **shape)
         assert size in (0, 2, 4, 8, 16)
         assert teams * size <= resident
-        if teams * 4 <= num_sms:  # a block an SM
-            assert size >= 4 and teams * size <= num_sms and (size == 16 or 2 * teams * size > num_sms)
+        if teams * 8 <= num_sms:  # a block an SM
+            assert size >= 8 and teams * size <= num_sms and (size == 16 or 2 * teams * size > num_sms)
         else:
-            assert size <= 4 and teams * max(2 * size, 2) > resident
+            assert size <= 8 and teams * max(2 * size, 2) > resident
+
+
+@pytest.mark.parametrize(
+    ("blocks", "head_dim", "gang"),
+    [
+        (132, 128, True),  # the next launch's blocks find room beside
+        (133, 128, False),
+        (264, 128, False),
+        (132, 256, False),  # D of 256: one an SM
+        (66, 256, True),
+        (67, 256, False),
+    ],
+)
+def test_which_launches_start_as_one(blocks, head_dim, gang):
+    assert _C.starts_as_gang(**H100, blocks=blocks, head_dim=head_dim) is gang
 
 
 @pytest.mark.parametrize(("capability", "overlaps"), [(80, False), (86, False), (89, False), (90, True), (120, True)])

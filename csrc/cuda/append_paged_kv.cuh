@@ -40,44 +40,65 @@ __device__ __forceinline__ bool continues_page(const AppendParams& p, int token,
     return false;
 }
 
+// A page's rows for a head, and the place of its metadata.
+template <class T, class M, int D>
+struct PageRows {
+    const AppendParams& p;
+    T *keys, *values;
+    M* bounds;
+
+    __device__ __forceinline__ PageRows(const AppendParams& p, const TokenPlace& place, int head)
+        : p(p),
+          keys(first_of(p.k_cache, place, head)),
+          values(first_of(p.v_cache, place, head)),
+          bounds(static_cast<M*>(p.metadata.data) + place.block * p.metadata.block_stride +
+                 head * p.metadata.head_stride + place.part * kPageElements<M, D>) {}
+
+    __device__ __forceinline__ T* first_of(const Pool& pool, const TokenPlace& place, int head) const {
+        return static_cast<T*>(pool.data) + place.block * pool.block_stride +
+               place.part * p.page_size * pool.token_stride + head * pool.head_stride;
+    }
+    // By a whole warp: key and value of a token, to `offset` of the page.
+    __device__ __forceinline__ void write(int token, int head, int offset) const {
+        constexpr int kLanesPerRow = D / 8;
+#pragma unroll 1
+        for (int piece = threadIdx.x % kWarp; piece < 2 * kLanesPerRow;
+             piece += kWarp) {  // the key's, then the value's
+            const int channel = piece % kLanesPerRow * 8;
+            const bool is_key = piece < kLanesPerRow;
+            const T* from = row_of<T>(is_key ? p.key : p.value, token, head) + channel;
+            T* to =
+                (is_key ? keys + offset * p.k_cache.token_stride : values + offset * p.v_cache.token_stride) + channel;
+            *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+        }
+    }
+    // The metadata, from the first `count` stored keys.
+    template <bool kCompact>
+    __device__ __forceinline__ void store_bounds_of(int count) const {
+        __syncwarp();  // orders the warp's stores before its loads
+        store_page_bounds<T, M, D, kCompact>(keys, p.k_cache.token_stride, count, p.bound, bounds);
+    }
+};
+
 template <class T, class M, int D>
 __device__ __forceinline__ void append_by_warp(const AppendParams& p, int token, int head) {
-    constexpr int kLanesPerRow = D / 8;
-    const int lane = threadIdx.x % kWarp;
     TokenPlace place = place_of(p, token);
     const TokenPlace first = place;
     if (place.block < 0 || continues_page(p, token, place)) return;
 
-    auto page_of = [&](const Pool& pool) {
-        return static_cast<T*>(pool.data) + first.block * pool.block_stride +
-               first.part * p.page_size * pool.token_stride + head * pool.head_stride;
-    };
-    T* keys = page_of(p.k_cache);
-    T* values = page_of(p.v_cache);
+    const PageRows<T, M, D> page(p, first, head);
     int highest = 0;
 #pragma unroll 1
     for (int i = token;;) {
         if (place.block >= 0) {
             if (!place.shares_page(first)) break;
             highest = max(highest, place.offset);
-#pragma unroll 1
-            for (int piece = lane; piece < 2 * kLanesPerRow; piece += kWarp) {  // the key's pieces, then the value's
-                const int channel = piece % kLanesPerRow * 8;
-                const bool is_key = piece < kLanesPerRow;
-                const T* from = row_of<T>(is_key ? p.key : p.value, i, head) + channel;
-                T* to = (is_key ? keys + place.offset * p.k_cache.token_stride
-                                : values + place.offset * p.v_cache.token_stride) +
-                        channel;
-                *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
-            }
+            page.write(i, head, place.offset);
         }
         if (++i >= p.num_tokens) break;
         place = place_of(p, i);
     }
-    __syncwarp();  // orders the warp's stores before its loads below
-    M* bounds = static_cast<M*>(p.metadata.data) + first.block * p.metadata.block_stride +
-                head * p.metadata.head_stride + first.part * kPageElements<M, D>;
-    store_page_bounds<T, M, D>(keys, p.k_cache.token_stride, highest + 1, p.bound, bounds);
+    page.template store_bounds_of<false>(highest + 1);
 }
 
 template <class T, class M, int D>
@@ -90,14 +111,22 @@ __global__ void __launch_bounds__(kWarp) append_paged_kv_kernel(const __grid_con
     if (!last_tokens) __threadfence();
 }
 
-// Everything, by blocks number `first` and later of a grid. Not inline: the other blocks' code would be longer to
-// fetch.
+// Everything, by `blocks` blocks of which this is one, where every row is a request of its own, so that no two tokens
+// go to one page. Not inline: the other blocks' code would be longer to fetch.
 template <class T, class M, int D>
-__device__ __noinline__ void append_by_spare_blocks(const AppendParams& p, int first) {
+__device__ __noinline__ void append_by_spare_blocks(const AppendParams& p, int block, int blocks) {
     const int warps = blockDim.x / kWarp, items = p.num_tokens * p.num_kv_heads;
-    for (int item = (blockIdx.x - first) * warps + threadIdx.x / kWarp; item < items;
-         item += (gridDim.x - first) * warps)
-        append_by_warp<T, M, D>(p, item / p.num_kv_heads, item % p.num_kv_heads);
+#pragma unroll 1
+    for (int item = block * warps + threadIdx.x / kWarp; item < items; item += blocks * warps) {
+        const int row = item / p.num_kv_heads, head = item % p.num_kv_heads;
+        const PageTable table(p.paging, row);
+        const int at = table.visible(p.seq_lens[row]) - 1, number = at >> table.page_shift;
+        if (at < 0) continue;
+        const TokenPlace place{table.block(number), table.part(number), at & (p.page_size - 1)};
+        const PageRows<T, M, D> page(p, place, head);
+        page.write(row, head, place.offset);
+        page.template store_bounds_of<true>(place.offset + 1);
+    }
 }
 
 }  // namespace quest::cuda

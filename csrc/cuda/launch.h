@@ -27,10 +27,6 @@ cudaError_t launch_sparse_decode_attention(const AttentionParams& params, const 
 cudaError_t launch_clear(uint32_t* words, int64_t count, Chip chip, cudaStream_t stream);
 cudaError_t launch_quest_decode_attention(const FusedParams& params, int32_t size_log2, uint32_t* workspace, Chip chip,
                                           cudaStream_t stream);
-cudaError_t launch_quest_decode_attention_8bit(const FusedParams& params, int32_t size_log2, uint32_t* workspace,
-                                               Chip chip, cudaStream_t stream);
-cudaError_t launch_quest_decode_attention_4bit(const FusedParams& params, int32_t size_log2, uint32_t* workspace,
-                                               Chip chip, cudaStream_t stream);
 // Without a selection: of `params` the attention and what is to be appended.
 cudaError_t launch_dense_decode_attention(const FusedParams& params, int32_t size_log2, uint32_t* workspace, Chip chip,
                                           cudaStream_t stream);

@@ -3,7 +3,7 @@
 #pragma once
 #include <cfloat>
 
-#include "device.cuh"
+#include "few_points.cuh"
 
 namespace quest::cuda {
 
@@ -43,45 +43,6 @@ __device__ __forceinline__ void store_bounds(__nv_fp8_e4m3* to, const uint32_t (
         words[w] = outward(a.x, up) | outward(a.y, up) << 8 | outward(b.x, up) << 16 | outward(b.y, up) << 24;
     }
     *reinterpret_cast<uint2*>(to) = {words[0], words[1]};
-}
-
-// Side 0 or 1 of a page in 4 bits (params.h), by a whole warp: a lane has N adjacent channels, from `channel` on, and
-// those that share a scale are neighbours. writes: where several lanes have the same channels, which of them stores.
-enum class Rounding { kNearest, kDown, kUp };
-template <int N, int D>
-__device__ __forceinline__ void store_packed(FourBits* page, int side, int channel, const float (&x)[N],
-                                             Rounding rounding, bool writes) {
-    float most = 0;
-#pragma unroll
-    for (int i = 0; i < N; ++i) most = max_keep_nan(most, fabsf(x[i]));
-#pragma unroll
-    for (int step = 1; step < kScaledChannels / N; step *= 2)
-        most = max_keep_nan(most, __shfl_xor_sync(kAllLanes, most, step));
-    constexpr unsigned kLargest = 0x7bff, kNan = 0x7e00;
-    unsigned bits = __half_as_ushort(__float2half_rn(__fdiv_rn(most, kLargestCode)));
-    if (__fmul_rn(__half2float(__ushort_as_half(bits)), kLargestCode) < most) ++bits;
-    if (bits > kLargest) bits = most != most ? kNan : kLargest;
-    const float scale = __half2float(__ushort_as_half(bits));
-    uint32_t word = 0;
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-        const float steps = scale > 0 ? __fdiv_rn(x[i], scale) : 0;
-        const float whole = rounding == Rounding::kNearest ? rintf(steps)
-                            : rounding == Rounding::kDown  ? floorf(steps)
-                                                           : ceilf(steps);
-        const int at = channel % 8 + i;
-        word |= unsigned(int(fminf(fmaxf(whole, -kLargestCode), kLargestCode)) + 8) << (at % 2 * 16 + at / 2 * 4);
-    }
-#pragma unroll
-    for (int step = 1; step < 8 / N; step *= 2) word |= __shfl_xor_sync(kAllLanes, word, step);
-    if (!writes) return;
-    constexpr int kTogether = D < 128 ? D / kScaledChannels : 4;
-    const int c = channel / kScaledChannels, t = channel % kScaledChannels / 8;
-    uint8_t* bytes = &page->byte;
-    if (channel % 8 == 0)
-        reinterpret_cast<uint32_t*>(
-            bytes + side * (D / 2))[c / kTogether * 4 * kTogether + t * kTogether + c % kTogether] = word;
-    if (channel % kScaledChannels == 0) reinterpret_cast<uint16_t*>(bytes + D + side * (D / 16))[c] = bits;
 }
 
 // Minimum and maximum, zero as +0. Lanes read 16 bytes: D / 8 of them a row, so kWarp * 8 / D rows at once. `keys`: the
@@ -141,45 +102,15 @@ __device__ void store_min_max(const T* keys, int64_t token_stride, int count, M*
     }
 }
 
-// N elements that are loaded or stored at once.
-template <class E, int N>
-struct alignas(sizeof(E) * N) Elements {
-    E of[N];
-};
-
-template <class M>
-__device__ __forceinline__ M nearest(float x) {
-    if constexpr (std::is_same_v<M, __nv_fp8_e4m3>) {
-        const __nv_fp8_storage_t bits = __nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3);
-        return bits_as<M>(static_cast<__nv_fp8_storage_t>(bits == 0x80 ? 0 : bits));
-    } else {
-        return Packed<M>::from_float(x);
-    }
-}
-
-// a . b over all channels, of which each lane has N: neighbours are added, then neighbours of these. Every lane has it.
-template <int N>
-__device__ __forceinline__ float dot_in_pairs(const float (&a)[N], const float (&b)[N]) {
-    float x[N];
-#pragma unroll
-    for (int i = 0; i < N; ++i) x[i] = __fmul_rn(a[i], b[i]);
-#pragma unroll
-    for (int n = N / 2; n > 0; n /= 2)
-#pragma unroll
-        for (int i = 0; i < n; ++i) x[i] = __fadd_rn(x[2 * i], x[2 * i + 1]);
-#pragma unroll
-    for (int step = 1; step < kWarp; step *= 2) x[0] = __fadd_rn(x[0], __shfl_xor_sync(kAllLanes, x[0], step));
-    return x[0];
-}
-
 // Mean -+ radius, or two points on the axis of largest deviation, nearly (quest_ops/ops.py has the formulas); a lane
 // for D / 32 channels. In float32, one rounding an operation (the intrinsics keep the compiler from contracting),
 // tokens in their order: the CPU kernels and the twin agree in all bits. All passes over the tokens share code: in a
 // decoder code is fetched anew for every layer, which takes longer than the arithmetic.
-template <class T, class M, int D>
-__device__ __forceinline__ void store_bounds_about_mean(const T* keys, int64_t token_stride, int count, BoundRule rule,
-                                                        M* bounds) {
-    constexpr int N = D / kWarp, kTokens = N < 8 ? 4 : 2;  // at once
+// kTokens: at once.
+template <class T, class M, int D, int kTokens>
+__device__ __noinline__ void store_bounds_about_mean(const T* keys, int64_t token_stride, int count, BoundRule rule,
+                                                     M* bounds) {
+    constexpr int N = D / kWarp;
     const int channel = threadIdx.x % kWarp * N;
     keys += channel;
     // The deviations are added up as they are (from 0: to the mean), as radii, or multiplied: by themselves, to find
@@ -265,28 +196,21 @@ __device__ __forceinline__ void store_bounds_about_mean(const T* keys, int64_t t
         }
         float vector[N];
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
-            const float x = squared ? __fsqrt_rn(found[i]) : found[i];
-            vector[i] = __fadd_rn(__fadd_rn(mean[i], __fmul_rn(radius, x)), 0.0f);  // -0 + 0 = +0
-        }
-        if constexpr (std::is_same_v<M, FourBits>) {
-            store_packed<N, D>(bounds, side, channel, vector, Rounding::kNearest, true);
-        } else {
-            Elements<M, N> stored;
-#pragma unroll
-            for (int i = 0; i < N; ++i) stored.of[i] = nearest<M>(vector[i]);
-            *reinterpret_cast<Elements<M, N>*>(bounds + side * D + channel) = stored;
-        }
+        for (int i = 0; i < N; ++i) vector[i] = __fmul_rn(radius, squared ? __fsqrt_rn(found[i]) : found[i]);
+        store_side<M, N, D>(bounds, side, mean, vector);
     }
 }
 
-template <class T, class M, int D>
+// kCompact: in little code, for a launch that does other things as well.
+template <class T, class M, int D, bool kCompact>
 __device__ __forceinline__ void store_page_bounds(const T* keys, int64_t token_stride, int count, BoundRule rule,
                                                   M* bounds) {
-    if (rule.kind == BoundKind::kMinMax)
+    if (rule.kind == BoundKind::kPrincipal && count <= 8)
+        store_points_of_few<T, M, D>(keys, token_stride, count, rule.scale, bounds);
+    else if (rule.kind == BoundKind::kMinMax)
         store_min_max<T, M, D>(keys, token_stride, count, bounds);
     else
-        store_bounds_about_mean<T, M, D>(keys, token_stride, count, rule, bounds);
+        store_bounds_about_mean<T, M, D, kCompact ? 1 : D <= 128 ? 4 : 2>(keys, token_stride, count, rule, bounds);
 }
 
 }  // namespace quest::cuda

@@ -1,5 +1,5 @@
 // Decode attention by teams in one launch (sm_90 and later): score, select, attend and merge; or, without metadata,
-// attend to every page and merge. Grid: a team of blocks for each (row, KV head), blocks team * size + rank, all of
+// attend to every page and merge. Grid: a team of blocks for each (row, KV head), places team * size + rank, all of
 // them resident. Bound by reading the metadata and the chosen K and V, and by the latency of two exchanges.
 //
 // Blocks past the teams append the rows' last tokens, where the launch does that too. Nothing waits for them: the teams
@@ -11,12 +11,14 @@
 
 namespace quest::cuda {
 
-template <class T, class M, int D, int kChunks>
+// M: the metadata that is scored, void for dense attention; A: what is appended.
+template <class T, class M, class A, int D, int kChunks>
 __global__ void __launch_bounds__(kTeamThreads, D <= 128 ? 2 : 1)
     team_decode_attention_kernel(const __grid_constant__ FusedParams p, const int size_log2, uint32_t* workspace,
-                                 const bool alone) {
+                                 uint32_t* arrivals, const bool alone) {
 #if __CUDA_ARCH__ >= 900
-    const TeamPlace place = TeamPlace::of_block(size_log2, p.attention.num_kv_heads);
+    const unsigned turn = arrivals ? turn_of_block(arrivals) : blockIdx.x;
+    const TeamPlace place = TeamPlace::of_turn(turn, size_log2, p.attention.num_kv_heads);
     if (place.row < unsigned(p.attention.num_rows)) {
         decode_by_team<T, M, D, kChunks>(p, size_log2, workspace, alone, place);
         return;
@@ -24,21 +26,26 @@ __global__ void __launch_bounds__(kTeamThreads, D <= 128 ? 2 : 1)
     wait_for_predecessor();
     let_successor_start();
     const int teams = p.attention.num_rows * p.attention.num_kv_heads << size_log2;
-    if constexpr (!std::is_void_v<M>)
-        append_by_spare_blocks<T, M, D>(p.append, teams);
-    else if (p.append.metadata.dtype == DType::kFloat8E4M3)
-        append_by_spare_blocks<T, __nv_fp8_e4m3, D>(p.append, teams);
-    else if (p.append.metadata.dtype == DType::kInt4)
-        append_by_spare_blocks<T, FourBits, D>(p.append, teams);
-    else
-        append_by_spare_blocks<T, T, D>(p.append, teams);
+    append_by_spare_blocks<T, A, D>(p.append, turn - teams, gridDim.x - teams);
 #endif
 }
 
-// Metadata: what the bounds are stored as, given the element type; void for dense attention.
-template <template <class> class Metadata>
-cudaError_t launch_team_decode_attention(const FusedParams& p, int32_t size_log2, uint32_t* workspace, Chip chip,
-                                         cudaStream_t stream) {
+// What metadata is stored as, given the element type: as the elements are, or as M whatever they are. Each has a .cu.
+struct StoredAlike {
+    template <class T>
+    using Of = T;
+};
+template <class M>
+struct StoredAs {
+    template <class T>
+    using Of = M;
+};
+
+// Stored: of the metadata that is scored, or, in a dense launch, of that which is appended. Dense kernels are apart by
+// what they append: code that a launch does not run makes fetching the rest slower.
+template <class Stored>
+cudaError_t launch_team_decode_attention(const FusedParams& p, bool dense, int32_t size_log2, uint32_t* workspace,
+                                         Chip chip, cudaStream_t stream) {
     const AttentionParams& a = p.attention;
     const int32_t blocks = a.num_rows * a.num_kv_heads << size_log2;
     const bool alone = blocks <= chip.num_sms && size_log2 == kMaxTeamLog2;
@@ -46,21 +53,21 @@ cudaError_t launch_team_decode_attention(const FusedParams& p, int32_t size_log2
     return dispatch(a.dtype, a.head_dim, [&](auto element, auto head_dim) {
         using T = decltype(element);
         constexpr int D = head_dim();
-        using M = typename Metadata<T>::Type;
-        constexpr int kMostChunks = std::is_void_v<M> ? 1 : 0;  // 0: shortlists
-        auto kernel = team_decode_attention_kernel<T, M, D, kMostChunks>;
-        if constexpr (!std::is_void_v<M>) {
+        using M = typename Stored::template Of<T>;
+        auto kernel = team_decode_attention_kernel<T, void, M, D, 1>;
+        if (!dense) {
             const int32_t chunks = ceil_div(a.paging.max_pages(), kKeysAtOnce);
             static_assert(kMostDirectPages == 4 * kKeysAtOnce);
+            kernel = team_decode_attention_kernel<T, M, M, D, 0>;  // shortlists
             // In 4 bits pages are small and many: up to twice as many keys are still read faster than shortlists are
             // made.
             if constexpr (std::is_same_v<M, FourBits>)
-                if (chunks <= 8) kernel = team_decode_attention_kernel<T, M, D, 8>;
-            if (chunks <= 4) kernel = team_decode_attention_kernel<T, M, D, 4>;
-            if (chunks <= 2) kernel = team_decode_attention_kernel<T, M, D, 2>;
+                if (chunks <= 8) kernel = team_decode_attention_kernel<T, M, M, D, 8>;
+            if (chunks <= 4) kernel = team_decode_attention_kernel<T, M, M, D, 4>;
+            if (chunks <= 2) kernel = team_decode_attention_kernel<T, M, M, D, 2>;
         }
         size_t shared_bytes = size_t(kTeamWarps) * head_offset<D>(a.num_q_heads / a.num_kv_heads) * sizeof(float);
-        if (!std::is_void_v<M> && a.paging.max_pages() > kMostDirectPages)
+        if (!dense && a.paging.max_pages() > kMostDirectPages)
             shared_bytes = std::max(
                 shared_bytes, kTeamWarps * sizeof(uint32_t) * warp_keys_capacity(a.paging.max_pages(), 1 << size_log2));
         if (shared_bytes > 24 * 1024) {  // beside the static part, more than a block gets unasked
@@ -68,7 +75,9 @@ cudaError_t launch_team_decode_attention(const FusedParams& p, int32_t size_log2
                 cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
             if (error != cudaSuccess) return error;
         }
-        return launch(kernel, grid, kTeamThreads, shared_bytes, chip, stream, true, p, size_log2, workspace, alone);
+        const bool gang = starts_as_gang(chip, grid, D);
+        return launch(kernel, grid, kTeamThreads, shared_bytes, chip, stream, gang, p, size_log2,
+                      workspace + kArrivalWords, gang ? nullptr : workspace, alone);
     });
 }
 

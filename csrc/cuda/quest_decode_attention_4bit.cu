@@ -2,17 +2,8 @@
 
 namespace quest::cuda {
 
-namespace {
-template <class T>
-struct Fixed {
-    using Type = FourBits;
-};
-}  // namespace
-
-cudaError_t launch_quest_decode_attention_4bit(const FusedParams& p, int32_t size_log2, uint32_t* workspace, Chip chip,
-                                               cudaStream_t stream) {
-    return launch_team_decode_attention<Fixed>(p, size_log2, workspace, chip, stream);
-}
+template cudaError_t launch_team_decode_attention<StoredAs<FourBits>>(const FusedParams&, bool, int32_t, uint32_t*,
+                                                                      Chip, cudaStream_t);
 
 QUEST_READ_PHASE_CLOCKS(quest_read_phase_clocks_4bit)
 

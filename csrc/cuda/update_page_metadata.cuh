@@ -23,8 +23,8 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock, D <= 128 ? 6 : 4)
                         part * page_size * p.k_cache.token_stride + head * p.k_cache.head_stride;
         M* bounds = static_cast<M*>(p.metadata.data) + block * p.metadata.block_stride + head * p.metadata.head_stride +
                     part * kPageElements<M, D>;
-        store_page_bounds<T, M, D>(keys, p.k_cache.token_stride, min(page_size, tokens - page * page_size), p.bound,
-                                   bounds);
+        store_page_bounds<T, M, D, false>(keys, p.k_cache.token_stride, min(page_size, tokens - page * page_size),
+                                          p.bound, bounds);
     }
     __threadfence();
 }
