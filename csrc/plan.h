@@ -71,8 +71,7 @@ QUEST_HOST_DEVICE inline int64_t team_words(int32_t team_size, int32_t group, in
     return kMaxTeam + int64_t(2) * team_size * group * head_dim + shortlist_words(max_pages) + (max_pages + 3) / 4 * 4;
 }
 
-QUEST_HOST_DEVICE inline int64_t workspace_words(int64_t teams, int32_t team_size, int32_t group, int32_t head_dim,
-                                                 int32_t max_pages) {
+inline int64_t workspace_words(int64_t teams, int32_t team_size, int32_t group, int32_t head_dim, int32_t max_pages) {
     return kArrivalWords + teams * team_words(team_size, group, head_dim, max_pages);
 }
 

@@ -49,21 +49,15 @@ struct PageRows {
 
     __device__ __forceinline__ PageRows(const AppendParams& p, const TokenPlace& place, int head)
         : p(p),
-          keys(first_of(p.k_cache, place, head)),
-          values(first_of(p.v_cache, place, head)),
-          bounds(static_cast<M*>(p.metadata.data) + place.block * p.metadata.block_stride +
-                 head * p.metadata.head_stride + place.part * kPageElements<M, D>) {}
+          keys(page_rows<T>(p.k_cache, place.block, place.part, p.page_size, head)),
+          values(page_rows<T>(p.v_cache, place.block, place.part, p.page_size, head)),
+          bounds(page_metadata<M, D>(p.metadata, place.block, place.part, head)) {}
 
-    __device__ __forceinline__ T* first_of(const Pool& pool, const TokenPlace& place, int head) const {
-        return static_cast<T*>(pool.data) + place.block * pool.block_stride +
-               place.part * p.page_size * pool.token_stride + head * pool.head_stride;
-    }
-    // By a whole warp: key and value of a token, to `offset` of the page.
+    // By a whole warp: key and value of a token, to `offset` of the page. First the key's pieces, then the value's.
     __device__ __forceinline__ void write(int token, int head, int offset) const {
         constexpr int kLanesPerRow = D / 8;
 #pragma unroll 1
-        for (int piece = threadIdx.x % kWarp; piece < 2 * kLanesPerRow;
-             piece += kWarp) {  // the key's, then the value's
+        for (int piece = threadIdx.x % kWarp; piece < 2 * kLanesPerRow; piece += kWarp) {
             const int channel = piece % kLanesPerRow * 8;
             const bool is_key = piece < kLanesPerRow;
             const T* from = row_of<T>(is_key ? p.key : p.value, token, head) + channel;

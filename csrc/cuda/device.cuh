@@ -205,7 +205,7 @@ __device__ __forceinline__ void load_query(uint4 (&query)[D / 32], const T* head
 }
 
 // Launches so that the kernel may overlap its predecessor, where the chip has that. `gang`: all blocks at once or none
-// (cooperative), for blocks that wait for each other.
+// (cooperative).
 template <class... Params, class... Args>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, Chip chip,
                    cudaStream_t stream, bool gang, Args&&... args) {

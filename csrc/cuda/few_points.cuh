@@ -6,23 +6,10 @@
 
 namespace quest::cuda {
 
-// a[t] . b for eight t, each as dot_in_pairs has it; every lane has them all. A lane adds for half of the t that are
-// left, then for a quarter.
-template <int N>
-__device__ __forceinline__ void dots_in_pairs(float (&dots)[8], const float (&a)[8][N], const float (&b)[8][N]) {
+// Of eight vectors, x[t] being a lane's own part of the dot product of one, the whole products, each as dot_in_pairs
+// has it; every lane has them all. A lane adds for half of the t that are left, then for a quarter.
+__device__ __forceinline__ void add_up_dots(float (&dots)[8], float (&x)[8]) {
     const int lane = threadIdx.x % kWarp;
-    float x[8];
-#pragma unroll
-    for (int t = 0; t < 8; ++t) {
-        float products[N];
-#pragma unroll
-        for (int i = 0; i < N; ++i) products[i] = __fmul_rn(a[t][i], b[t][i]);
-#pragma unroll
-        for (int n = N / 2; n > 0; n /= 2)
-#pragma unroll
-            for (int i = 0; i < n; ++i) products[i] = __fadd_rn(products[2 * i], products[2 * i + 1]);
-        x[t] = products[0];
-    }
 #pragma unroll
     for (int step = 1; step < 8; step *= 2) {
         const int left = 4 / step;
@@ -46,7 +33,7 @@ __device__ __forceinline__ void store_points_of_few(const T* keys, int64_t token
                                                     M* bounds) {
     constexpr int N = D / kWarp;
     keys += threadIdx.x % kWarp * N;
-    float deviation[8][N], other[8][N], mean[N] = {}, axis[N] = {}, dots[8];
+    float deviation[8][N], mean[N] = {}, axis[N] = {}, own[8], dots[8];
 #pragma unroll
     for (int t = 0; t < 8; ++t) {
         const auto key = *reinterpret_cast<const Elements<T, N>*>(keys + min(t, count - 1) * token_stride);
@@ -65,14 +52,14 @@ __device__ __forceinline__ void store_points_of_few(const T* keys, int64_t token
         for (int i = 0; i < N; ++i) deviation[t][i] = __fsub_rn(deviation[t][i], mean[i]);
     auto dots_with = [&](const float (&b)[N], float factor) {
 #pragma unroll
-        for (int t = 0; t < 8; ++t)
-#pragma unroll
-            for (int i = 0; i < N; ++i) other[t][i] = b[i];
-        dots_in_pairs(dots, deviation, other);
+        for (int t = 0; t < 8; ++t) own[t] = lane_dot_in_pairs(deviation[t], b);
+        add_up_dots(dots, own);
 #pragma unroll
         for (int t = 0; t < 8; ++t) dots[t] = __fmul_rn(dots[t], factor);
     };
-    dots_in_pairs(dots, deviation, deviation);
+#pragma unroll
+    for (int t = 0; t < 8; ++t) own[t] = lane_dot_in_pairs(deviation[t], deviation[t]);
+    add_up_dots(dots, own);
     float farthest = dots[0];
 #pragma unroll
     for (int i = 0; i < N; ++i) axis[i] = deviation[0][i];

@@ -7,6 +7,18 @@
 
 namespace quest::cuda {
 
+// A KV head's part of a page: its first key or value, and its metadata.
+template <class T>
+__device__ __forceinline__ T* page_rows(const Pool& pool, int block, int part, int page_size, int head) {
+    return static_cast<T*>(pool.data) + block * pool.block_stride + part * page_size * pool.token_stride +
+           head * pool.head_stride;
+}
+template <class M, int D>
+__device__ __forceinline__ M* page_metadata(const Metadata& metadata, int block, int part, int head) {
+    return static_cast<M*>(metadata.data) + block * metadata.block_stride + head * metadata.head_stride +
+           part * kPageElements<M, D>;
+}
+
 template <class T>
 struct PairBounds {
     typename Packed<T>::Pair lo, hi;

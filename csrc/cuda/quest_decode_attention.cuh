@@ -25,8 +25,8 @@ __global__ void __launch_bounds__(kTeamThreads, D <= 128 ? 2 : 1)
     }
     wait_for_predecessor();
     let_successor_start();
-    const int teams = p.attention.num_rows * p.attention.num_kv_heads << size_log2;
-    append_by_spare_blocks<T, A, D>(p.append, turn - teams, gridDim.x - teams);
+    const int of_teams = p.attention.num_rows * p.attention.num_kv_heads << size_log2;
+    append_by_spare_blocks<T, A, D>(p.append, turn - of_teams, gridDim.x - of_teams);
 #endif
 }
 

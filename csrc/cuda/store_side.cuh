@@ -56,9 +56,10 @@ __device__ __forceinline__ M nearest(float x) {
     }
 }
 
-// a . b over all channels, of which each lane has N: neighbours are added, then neighbours of these. Every lane has it.
+// a . b over all channels, of which each lane has N: neighbours are added, then neighbours of these. First a lane's
+// own.
 template <int N>
-__device__ __forceinline__ float dot_in_pairs(const float (&a)[N], const float (&b)[N]) {
+__device__ __forceinline__ float lane_dot_in_pairs(const float (&a)[N], const float (&b)[N]) {
     float x[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) x[i] = __fmul_rn(a[i], b[i]);
@@ -66,9 +67,15 @@ __device__ __forceinline__ float dot_in_pairs(const float (&a)[N], const float (
     for (int n = N / 2; n > 0; n /= 2)
 #pragma unroll
         for (int i = 0; i < n; ++i) x[i] = __fadd_rn(x[2 * i], x[2 * i + 1]);
-#pragma unroll
-    for (int step = 1; step < kWarp; step *= 2) x[0] = __fadd_rn(x[0], __shfl_xor_sync(kAllLanes, x[0], step));
     return x[0];
+}
+// Every lane has it.
+template <int N>
+__device__ __forceinline__ float dot_in_pairs(const float (&a)[N], const float (&b)[N]) {
+    float x = lane_dot_in_pairs(a, b);
+#pragma unroll
+    for (int step = 1; step < kWarp; step *= 2) x = __fadd_rn(x, __shfl_xor_sync(kAllLanes, x, step));
+    return x;
 }
 
 // Side 0 or 1: mean + offset; a lane for N channels.

@@ -17,12 +17,9 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock, D <= 128 ? 6 : 4)
     if (start >= tokens) return;
     for (int page = (start >> table.page_shift) + blockIdx.x * kWarpsPerBlock + warp; page < num_pages;
          page += gridDim.x * kWarpsPerBlock) {
-        const int64_t block = table.block(page);
-        const int part = table.part(page);
-        const T* keys = static_cast<const T*>(p.k_cache.data) + block * p.k_cache.block_stride +
-                        part * page_size * p.k_cache.token_stride + head * p.k_cache.head_stride;
-        M* bounds = static_cast<M*>(p.metadata.data) + block * p.metadata.block_stride + head * p.metadata.head_stride +
-                    part * kPageElements<M, D>;
+        const int block = table.block(page), part = table.part(page);
+        const T* keys = page_rows<T>(p.k_cache, block, part, page_size, head);
+        M* bounds = page_metadata<M, D>(p.metadata, block, part, head);
         store_page_bounds<T, M, D, false>(keys, p.k_cache.token_stride, min(page_size, tokens - page * page_size),
                                           p.bound, bounds);
     }
