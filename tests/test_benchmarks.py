@@ -7,6 +7,7 @@ import json
 import math
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import types
@@ -969,3 +970,10 @@ def test_recorded_says_in_one_line_what_it_cannot_do(run_script, arguments, mess
 def test_recorded_without_a_gpu_names_the_quick_run(run_script):
     done = run_script("recorded.py")
     assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith("--quick runs one short document on the CPU")
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on PATH")
+def test_the_floor_of_the_chain_compiles(tmp_path):
+    source = ROOT / "benchmarks" / "chain_floor.cu"
+    command = ["nvcc", "-std=c++17", "-arch=sm_90", "-Werror", "all-warnings", "-c", "-o", tmp_path / "out.o", source]
+    subprocess.run(command, check=True)
