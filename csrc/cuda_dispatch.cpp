@@ -80,13 +80,24 @@ void append_in(const Scope& scope, const AppendParams& append, int32_t device) {
         check(launch_append_paged_kv(append, scope.chip, scope.stream), "append_paged_kv", device, scope.chip);
 }
 
-// What a launch of teams cannot append by itself is appended before.
-void leave_what_teams_append(const Scope& scope, FusedParams& params, int32_t team_log2, int32_t device) {
-    const AttentionParams& a = params.attention;
-    const int64_t blocks = int64_t(a.num_rows) * a.num_kv_heads << team_log2,
-                  items = int64_t(params.append.num_tokens) * a.num_kv_heads;
-    // A row of several sees its request's other new tokens, which only the cache has.
-    if (a.rows_per_request == 1 && plan_spare_blocks(scope.chip, blocks, a.head_dim, items) > 0) return;
+// A launch of teams: 2^size_log2 blocks each, and the words of workspace that all need. size_log2 < 0: there is none.
+struct Teams {
+    int32_t size_log2;
+    int64_t words;
+
+    // max_pages: 0 where nothing is selected.
+    Teams(const AttentionParams& a, int32_t max_pages, DType metadata, Chip chip) {
+        const int64_t count = int64_t(a.num_rows) * a.num_kv_heads;
+        const int32_t group = a.num_q_heads / a.num_kv_heads;
+        size_log2 = plan_team(chip, count, group, a.head_dim, max_pages, bits_of(metadata));
+        words = size_log2 < 0 ? 0 : workspace_words(count, 1 << size_log2, group, a.head_dim, max_pages);
+    }
+};
+
+// What a launch of teams cannot append by itself is appended before: a row of several sees its request's other new
+// tokens, which only the cache has.
+void leave_what_teams_append(const Scope& scope, FusedParams& params, int32_t device) {
+    if (params.attention.rows_per_request == 1) return;
     append_in(scope, params.append, device);
     params.append.num_tokens = 0;
 }
@@ -108,7 +119,7 @@ void select_topk_pages(const SelectParams& params, int32_t device) {
 
 void check_workspace_size(const torch::stable::Tensor& workspace, int64_t words) {
     if (workspace.numel() < 4 * words)
-        fail("workspace has ", workspace.numel(), " bytes; this call needs ", 4 * words, " (8 MiB suffices for any)");
+        fail("workspace has ", workspace.numel(), " bytes; this call needs ", 4 * words, " (32 MiB suffices for any)");
 }
 
 void sparse_decode_attention(const AttentionParams& params, const AppendParams& append,
@@ -116,18 +127,17 @@ void sparse_decode_attention(const AttentionParams& params, const AppendParams& 
     const int32_t device = like.get_device_index();
     const Scope scope(device);
     if (workspace && !params.page_ids) {
-        const int64_t teams = int64_t(params.num_rows) * params.num_kv_heads;
-        const int32_t group = params.num_q_heads / params.num_kv_heads,
-                      team_log2 = plan_team(scope.chip, teams, group, params.head_dim, 0);
-        if (team_log2 >= 0) {
-            check_workspace_size(*workspace, workspace_words(teams, 1 << team_log2, group, params.head_dim, 0));
+        const Teams teams(params, 0, params.dtype, scope.chip);
+        if (teams.size_log2 >= 0) {
+            check_workspace_size(*workspace, teams.words);
             FusedParams dense{};
             dense.attention = params;
             dense.append = append;
-            leave_what_teams_append(scope, dense, team_log2, device);
-            return check(launch_dense_decode_attention(dense, team_log2, static_cast<uint32_t*>(workspace->data_ptr()),
-                                                       scope.chip, scope.stream),
-                         "sparse_decode_attention", device, scope.chip);
+            leave_what_teams_append(scope, dense, device);
+            return check(
+                launch_dense_decode_attention(dense, teams.size_log2, static_cast<uint32_t*>(workspace->data_ptr()),
+                                              scope.chip, scope.stream),
+                "sparse_decode_attention", device, scope.chip);
         }
     }
     append_in(scope, append, device);
@@ -148,22 +158,19 @@ bool fused_quest_decode_attention(FusedParams params, const torch::stable::Tenso
     const AttentionParams& a = params.attention;
     const int32_t device = like.get_device_index();
     const Scope scope(device);
-    const int64_t teams = int64_t(a.num_rows) * a.num_kv_heads;
-    const int32_t group = a.num_q_heads / a.num_kv_heads, max_pages = a.paging.max_pages(),
-                  team_log2 = plan_team(scope.chip, teams, group, a.head_dim, max_pages);
-    if (team_log2 < 0 || a.num_blocks == 0) return false;
-    const int64_t words = workspace_words(teams, 1 << team_log2, group, a.head_dim, max_pages);
+    const Teams teams(a, a.paging.max_pages(), params.metadata.dtype, scope.chip);
+    if (teams.size_log2 < 0 || a.num_blocks == 0) return false;
     torch::stable::Tensor scratch;
     if (workspace) {
-        check_workspace_size(*workspace, words);
+        check_workspace_size(*workspace, teams.words);
         scratch = *workspace;
     } else {
-        scratch = torch::stable::new_empty(like, {words}, torch::headeronly::ScalarType::Int);
-        check(launch_clear(static_cast<uint32_t*>(scratch.data_ptr()), words, scope.chip, scope.stream),
+        scratch = torch::stable::new_empty(like, {teams.words}, torch::headeronly::ScalarType::Int);
+        check(launch_clear(static_cast<uint32_t*>(scratch.data_ptr()), teams.words, scope.chip, scope.stream),
               "quest_decode_attention", device, scope.chip);
     }
-    leave_what_teams_append(scope, params, team_log2, device);
-    check(launch_quest_decode_attention(params, team_log2, static_cast<uint32_t*>(scratch.data_ptr()), scope.chip,
+    leave_what_teams_append(scope, params, device);
+    check(launch_quest_decode_attention(params, teams.size_log2, static_cast<uint32_t*>(scratch.data_ptr()), scope.chip,
                                         scope.stream),
           "quest_decode_attention", device, scope.chip);
     return true;

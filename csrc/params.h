@@ -8,6 +8,9 @@
 namespace quest {
 
 enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kFloat8E4M3, kInt4 };
+constexpr int bits_of(DType dtype) {
+    return dtype == DType::kInt4 ? 4 : dtype == DType::kFloat8E4M3 ? 8 : dtype == DType::kFloat32 ? 32 : 16;
+}
 enum class HeadReduction : int32_t { kMax, kMean, kNone };
 enum class BoundKind : int32_t { kMinMax, kCuboid, kMeanStd, kPrincipal };
 

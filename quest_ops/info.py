@@ -95,7 +95,7 @@ def describe_device(device: Device, system: System) -> tuple[bool, str]:
     code = compiled[-1] if compiled else f"{ptx[-1]} (PTX, compiled by the driver at first use)"
     path = "portable CUDA kernels"
     if device.capability >= FUSED_CAPABILITY:
-        path = "quest_decode_attention in one launch (fused) where a step fits the chip, else " + path
+        path = "quest_decode_attention in one launch (fused) up to 8 query heads a KV head, else " + path
     return True, f"{path}; code for {code}"
 
 

@@ -53,7 +53,7 @@ _ops = torch.ops.quest_ops
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
-WORKSPACE_BYTES = 8 << 20  # of `quest_decode_attention`'s workspace: enough for any call
+WORKSPACE_BYTES = 32 << 20  # of `quest_decode_attention`'s workspace: enough for any call
 
 
 def append_paged_kv(
@@ -216,7 +216,8 @@ def sparse_decode_attention(
         page_counts: `[R, Hi]` int32; None: up to the first -1.
         page_size: tokens a page; None: the block size `S`.
         sm_scale: finite factor of `q . k`; None: `1 / sqrt(D)`.
-        workspace: as `quest_decode_attention`'s; with it dense attention is one launch on such a GPU.
+        workspace: as `quest_decode_attention`'s; with it dense attention is one launch on such a GPU
+            where two blocks for each row and KV head fit the chip.
         out, lse: written instead of fresh tensors; they must not share memory with each other or with an input.
 
     Returns:
@@ -268,10 +269,11 @@ def quest_decode_attention(
     Equal to the composition of the three; arguments, results and errors are theirs. A page is `S / M` tokens, from the
     shapes of the cache and its metadata. Rows whose pages fit the budget are attended in full.
 
-    On a GPU of compute capability 9.0 and later the whole step is one launch wherever its blocks fit the chip together.
-    They exchange scores through `workspace`: uint8 `[bytes]`, zeros at first use, `WORKSPACE_BYTES` (8 MiB) for any
-    call, left as zeros; calls that may run at the same time need one each. None: fresh scratch, cleared by a launch of
-    its own (1 to 5 us, more with many pages).
+    On a GPU of compute capability 9.0 and later the whole step is one launch, for up to 8 query heads a KV head and
+    131,072 pages a row (fewer where rows times KV heads are hundreds: what the workspace holds). Its blocks exchange
+    scores through `workspace`: uint8 `[bytes]`, zeros at first use, `WORKSPACE_BYTES` (32 MiB) for any call, left as
+    zeros; calls that may run at the same time need one each. None: fresh scratch, cleared by a launch of its own (3 to
+    6 us, more with many pages or rows).
 
     That launch reads page_metadata while the kernel before it may still run, if that lets dependents start early
     (programmatic dependent launch): other code that writes metadata by such a kernel must not do so before it has
@@ -337,8 +339,8 @@ def quest_decode_step(
     The others, results and errors are those of the two ops, and so are all bits that it writes, with one condition: no
     other request's row may see a page that this call appends to (full pages may be shared).
 
-    Where `quest_decode_attention` is one launch, so is this, for one row a request and unless the teams fill the chip:
-    it takes about as long as attention alone.
+    Where `quest_decode_attention` is one launch, so is this, for one row a request: it takes about as long as
+    attention alone.
     """
     if _checking() and _has_values(k_cache, (4,)):
         _check_block_table(block_table, seq_lens, k_cache.size(1), k_cache.size(0))

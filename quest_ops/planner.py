@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-# By path, fitted to benchmarks/results/break_even-h100.json (docs/performance.md, "When it pays"):
-# the bytes that dense attention reads in the time by which Quest's launches alone take longer, and
-# the time of a byte that Quest reads, as a multiple of dense attention's.
+# By path, fitted to benchmarks/results/break_even-h100.json (docs/performance.md, "When it pays"): the bytes that dense
+# attention reads in the time by which Quest's launches alone take longer, and the time of a byte that Quest reads, as
+# a multiple of dense attention's. The portable path's also stand for blocks of one launch that take turns.
 ONE_LAUNCH = 8.9e6, 0.975
 PORTABLE = 13.6e6, 1.035
 
@@ -36,15 +36,16 @@ def plan_dense_length(
         n * b = X + r * (B + n * m) * b,    so at    n = (X / b + r * B) / (1 - r * m)
 
     X is Quest's longer start, in bytes, and r the cost of a scattered byte: constants of an H100, for steps of one
-    launch and for others. With a ratio q Quest reads (max(B, q * n) + n * m) * b, and must also be past
+    launch whose blocks fit the chip together, and for others. With a ratio q Quest reads (max(B, q * n) + n * m) * b,
+    and must also be past
 
         n = X / b / (1 - r * (q + m))
 
     Where the ratio is so large that this never comes, all rows are attended in full: `NEVER` tokens, rounded down.
     """
-    # As in csrc/plan.h: a step is one launch where two blocks for each (row, KV head) fit the chip together.
-    one_launch = rows * kv_heads * (1 if head_dim <= 128 else 2) <= num_sms
-    start_bytes, byte_cost = ONE_LAUNCH if one_launch else PORTABLE
+    # As in csrc/plan.h: two blocks for each (row, KV head).
+    together = rows * kv_heads * (1 if head_dim <= 128 else 2) <= num_sms
+    start_bytes, byte_cost = ONE_LAUNCH if together else PORTABLE
     token_bytes = rows * kv_heads * head_dim * 2 * element_size
     budget = page_budget * page_size
     metadata_share = metadata_size / (element_size * page_size)

@@ -71,7 +71,7 @@ def test_all_is_well():
         assert part in text
     assert "problem" not in text
     usable, why = info.describe_device(H100, SYSTEM)
-    assert usable and "in one launch (fused) where a step fits the chip, else portable" in why
+    assert usable and "in one launch (fused) up to 8 query heads a KV head, else portable" in why
     assert "code for 90-real" in why
     usable, why = info.describe_device(A10, SYSTEM)
     assert usable and "fused" not in why and "portable" in why and "code for 80-real" in why

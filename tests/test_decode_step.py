@@ -155,8 +155,8 @@ def test_wrong_tokens_write_nothing(device, wrong):
         (8, 8, 4, 9000, 4, 64),
         (8, 8, 4, 9000, 16, 128),
         (16, 16, 2, 2000, 8, 64),  # a team of one launch each, and few blocks to spare
-        (3, 44, 2, 2000, 16, 64),  # none to spare on 132 multiprocessors: two launches
-        (40, 8, 4, 2000, 16, 128),  # no teams
+        (3, 44, 2, 2000, 16, 64),  # none to spare on 132 multiprocessors: they come last
+        (40, 8, 4, 2000, 16, 128),  # more teams than fit
     ],
 )
 def test_shapes_of_models(batch, kv_heads, group, tokens, page, head_dim, metadata_dtype):

@@ -78,6 +78,17 @@ def test_every_team_size(size, metadata_dtype):
 
 
 @METADATA
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_more_teams_than_fit_take_turns(head_dim, metadata_dtype):
+    places = torch.cuda.get_device_properties(0).multi_processor_count * (2 if head_dim == 64 else 1)
+    for teams in (places // 2 + 3, 2 * places):
+        lengths = lengths_below(16 * 150 - 9, teams)
+        problem = Problem(lengths, 1, 2, head_dim, metadata_dtype=metadata_dtype, device=DEVICE)
+        for budget in (4, 40, 149):
+            assert_fused_equals_separate(problem, budget)
+
+
+@METADATA
 @pytest.mark.parametrize(
     "batch, kv_heads, group, tokens",
     [(1, 8, 4, 32768), (1, 32, 1, 32768), (8, 8, 4, 9000), (1, 8, 4, 131072), (1, 32, 1, 70000), (16, 8, 8, 2000)],

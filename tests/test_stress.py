@@ -93,14 +93,15 @@ def replays_of_a_graph():
 
 
 class Mixture:
-    """Four kinds of steps: teams of 16 and of 4, shortlists, dense attention; of the first also with its append, which
-    writes what is there. One stream at a time."""
+    """Five kinds of steps: teams of 16 and of 4, more teams than fit, shortlists, dense attention; of the first also
+    with its append, which writes what is there. One stream at a time."""
 
     def __init__(self, seed, device="cuda"):
         sizes = {"seed": seed, "device": device}
         self.problems = [
             Problem([5000], 8, 4, **sizes),
             Problem([2000, 1, 900, 0], 8, 4, metadata_dtype=FP8, **sizes),
+            Problem([900] * 19 + [0], 8, 4, metadata_dtype=INT4, **sizes),
             Problem([40_000], 2, 4, page=8, metadata_dtype=FP8, **sizes),
         ]
         first = self.problems[0]

@@ -15,19 +15,20 @@ struct TokenPlace {
         return block == other.block && part == other.part;
     }
 };
-__device__ __forceinline__ TokenPlace place_of(const AppendParams& p, int token) {
-    const int shift = log2_of(p.page_size), within = p.page_size - 1;
-    if (p.slot_mapping) {
-        const int64_t slot = p.slot_mapping[token];
-        if (slot < 0) return {-1, 0, 0};
-        const auto page = static_cast<uint32_t>(slot >> shift);
-        const uint32_t block = page / p.pages_per_block;
-        return {int(block), int(page - block * p.pages_per_block), int(slot) & within};
-    }
-    const PageTable table(p.paging, p.rows_per_request == 1 ? token : token / p.rows_per_request);
-    const int at = table.visible(p.seq_lens[token]) - 1, page = at >> shift;
+// Of a row's last token.
+__device__ __forceinline__ TokenPlace place_of_last(const AppendParams& p, int row, int request) {
+    const PageTable table(p.paging, request);
+    const int at = table.visible(p.seq_lens[row]) - 1, page = at >> table.page_shift;
     if (at < 0) return {-1, 0, 0};
-    return {table.block(page), table.part(page), at & within};
+    return {table.block(page), table.part(page), at & (p.page_size - 1)};
+}
+__device__ __forceinline__ TokenPlace place_of(const AppendParams& p, int token) {
+    if (!p.slot_mapping) return place_of_last(p, token, p.rows_per_request == 1 ? token : token / p.rows_per_request);
+    const int64_t slot = p.slot_mapping[token];
+    if (slot < 0) return {-1, 0, 0};
+    const auto page = static_cast<uint32_t>(slot >> log2_of(p.page_size));
+    const uint32_t block = page / p.pages_per_block;
+    return {int(block), int(page - block * p.pages_per_block), int(slot) & (p.page_size - 1)};
 }
 
 // Whether the nearest earlier token that is not skipped goes to the same page.
@@ -113,10 +114,8 @@ __device__ __noinline__ void append_by_spare_blocks(const AppendParams& p, int b
 #pragma unroll 1
     for (int item = block * warps + threadIdx.x / kWarp; item < items; item += blocks * warps) {
         const int row = item / p.num_kv_heads, head = item % p.num_kv_heads;
-        const PageTable table(p.paging, row);
-        const int at = table.visible(p.seq_lens[row]) - 1, number = at >> table.page_shift;
-        if (at < 0) continue;
-        const TokenPlace place{table.block(number), table.part(number), at & (p.page_size - 1)};
+        const TokenPlace place = place_of_last(p, row, row);
+        if (place.block < 0) continue;
         const PageRows<T, M, D> page(p, place, head);
         page.write(row, head, place.offset);
         page.template store_bounds_of<true>(place.offset + 1);

@@ -1,6 +1,6 @@
 // Decode attention by teams in one launch (sm_90 and later): score, select, attend and merge; or, without metadata,
-// attend to every page and merge. Grid: a team of blocks for each (row, KV head), places team * size + rank, all of
-// them resident. Bound by reading the metadata and the chosen K and V, and by the latency of two exchanges.
+// attend to every page and merge. Grid: a team of blocks for each (row, KV head), places team * size + rank. Bound by
+// reading the metadata and the chosen K and V, and by the latency of two exchanges.
 //
 // Blocks past the teams append the rows' last tokens, where the launch does that too. Nothing waits for them: the teams
 // take these keys and values from the step's own ones, and a row's last page is always chosen, so its bounds, which
@@ -15,10 +15,9 @@ namespace quest::cuda {
 template <class T, class M, class A, int D, int kChunks>
 __global__ void __launch_bounds__(kTeamThreads, D <= 128 ? 2 : 1)
     team_decode_attention_kernel(const __grid_constant__ FusedParams p, const int size_log2, uint32_t* workspace,
-                                 uint32_t* arrivals, const bool alone) {
+                                 const bool alone) {
 #if __CUDA_ARCH__ >= 900
-    const unsigned turn = arrivals ? turn_of_block(arrivals) : blockIdx.x;
-    const TeamPlace place = TeamPlace::of_turn(turn, size_log2, p.attention.num_kv_heads);
+    const TeamPlace place = TeamPlace::of_block(blockIdx.x, size_log2, p.attention.num_kv_heads);
     if (place.row < unsigned(p.attention.num_rows)) {
         decode_by_team<T, M, D, kChunks>(p, size_log2, workspace, alone, place);
         return;
@@ -26,7 +25,7 @@ __global__ void __launch_bounds__(kTeamThreads, D <= 128 ? 2 : 1)
     wait_for_predecessor();
     let_successor_start();
     const int of_teams = p.attention.num_rows * p.attention.num_kv_heads << size_log2;
-    append_by_spare_blocks<T, A, D>(p.append, turn - of_teams, gridDim.x - of_teams);
+    append_by_spare_blocks<T, A, D>(p.append, blockIdx.x - of_teams, gridDim.x - of_teams);
 #endif
 }
 
@@ -75,9 +74,8 @@ cudaError_t launch_team_decode_attention(const FusedParams& p, bool dense, int32
                 cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
             if (error != cudaSuccess) return error;
         }
-        const bool gang = starts_as_gang(chip, grid, D);
-        return launch(kernel, grid, kTeamThreads, shared_bytes, chip, stream, gang, p, size_log2,
-                      workspace + kArrivalWords, gang ? nullptr : workspace, alone);
+        return launch(kernel, grid, kTeamThreads, shared_bytes, chip, stream, starts_as_gang(chip, grid, D), p,
+                      size_log2, workspace, alone);
     });
 }
 

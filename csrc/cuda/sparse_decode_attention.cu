@@ -7,7 +7,8 @@ static int32_t attention_items(const AttentionParams& p) { return p.num_kv_heads
 int32_t attention_splits(const AttentionParams& p, Chip chip) {
     const int64_t pages = p.page_ids ? p.max_ids : p.paging.max_pages();
     return plan_attention_splits(chip, int64_t(p.num_rows) * attention_items(p),
-                                 ceil_div(pages * p.paging.page_size, kTileTokens), p.head_dim);
+                                 ceil_div(pages * p.paging.page_size, kTileTokens), p.head_dim,
+                                 p.page_ids == nullptr && p.num_rows > 1);
 }
 
 cudaError_t launch_sparse_decode_attention(const AttentionParams& p, const AttentionScratch& scratch, Chip chip,

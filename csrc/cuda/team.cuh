@@ -51,26 +51,13 @@ __device__ __forceinline__ uint32_t peek_word(const uint32_t* from) {
 // A float as a word that is never 0.
 __device__ __forceinline__ uint32_t nonzero_bits(float x) { return x == 0.f ? 0x80000000u : __float_as_uint(x); }
 
-// How many blocks of the launch started before this one. The last one leaves the count at zero, before the next launch
-// may start.
-__device__ __forceinline__ unsigned turn_of_block(uint32_t* arrivals) {
-    __shared__ unsigned turn;
-    if (threadIdx.x == 0)
-        asm volatile("atom.relaxed.gpu.global.inc.L2::cache_hint.u32 %0, [%1], %2, %3;"
-                     : "=r"(turn)
-                     : "l"(arrivals), "r"(gridDim.x - 1), "l"(to_stay())
-                     : "memory");
-    __syncthreads();
-    return __reduce_max_sync(kAllLanes, turn);  // so that the compiler knows it to be the same in all lanes
-}
-
 // Which block of which team this is: those of a team follow each other.
 struct TeamPlace {
     unsigned team, rank, kv_head, row;
 
-    static __device__ __forceinline__ TeamPlace of_turn(unsigned turn, int size_log2, unsigned num_kv_heads) {
-        const unsigned team = turn >> size_log2;
-        return {team, turn & ((1u << size_log2) - 1), team % num_kv_heads, team / num_kv_heads};
+    static __device__ __forceinline__ TeamPlace of_block(unsigned block, int size_log2, unsigned num_kv_heads) {
+        const unsigned team = block >> size_log2;
+        return {team, block & ((1u << size_log2) - 1), team % num_kv_heads, team / num_kv_heads};
     }
 };
 

@@ -61,15 +61,27 @@ __device__ __forceinline__ void decode_by_team(const FusedParams& p, const int s
         int guess[kTilesAhead + 1][2];  // -1: none
 #pragma unroll
         for (int i = 0; i <= kTilesAhead; ++i) guess[i][0] = guess[i][1] = -1;
-        if (const int pages = guess_pages(p, table, row); pages > 0) {
+        if (p.recent_pages >= 2) {  // else nothing is to be read early
+            // All asked for at once, lest a cold step wait for memory twice; before shortlists that took longer.
+            const int all = table.pages(guess_tokens(p, table, row));
+            if constexpr (!kLists)
 #pragma unroll
-            for (int i = 0; i < kTilesAhead; ++i)
+                for (int i = 0; i < kTilesAhead; ++i) guess_blocks(guess[i], table, deal, i);
+            const int pages = all > p.page_budget ? all : 0;
+#pragma unroll
+            for (int i = 0; i < kTilesAhead; ++i) {
                 if (deal.first(i) < pages) {
-                    guess_blocks(guess[i], a, table, deal, i, pages);
+                    if constexpr (kLists) guess_blocks(guess[i], table, deal, i);
+                    keep_readable(guess[i], a, deal, i, pages);
                     tiles[i].load(source_of(guess[i], i));
+                } else {
+                    guess[i][0] = guess[i][1] = -1;
                 }
-            if (kLists && size == kMaxTeam && deal.first(kTilesAhead) < pages)
-                guess_blocks(guess[kTilesAhead], a, table, deal, kTilesAhead, pages);
+            }
+            if (kLists && size == kMaxTeam && deal.first(kTilesAhead) < pages) {
+                guess_blocks(guess[kTilesAhead], table, deal, kTilesAhead);
+                keep_readable(guess[kTilesAhead], a, deal, kTilesAhead, pages);
+            }
         }
         wait_for_predecessor();
         mark_phase(1);

@@ -16,23 +16,29 @@ __device__ __forceinline__ int guess_tokens(const FusedParams& p, const PageTabl
     return table.visible(peek_word(reinterpret_cast<const uint32_t*>(p.attention.seq_lens + row)));
 }
 
-// How many pages that is; 0: nothing is to be read early.
-__device__ __forceinline__ int guess_pages(const FusedParams& p, const PageTable& table, int row) {
-    if (p.recent_pages < 2) return 0;
-    const int num_pages = table.pages(guess_tokens(p, table, row));
-    return num_pages > p.page_budget ? num_pages : 0;
+// A page's block, as far as is known; page: of the table.
+__device__ __forceinline__ int guess_block(const PageTable& table, int page) {
+    return peek_word(reinterpret_cast<const uint32_t*>(table.blocks + table.entry(page)));
 }
 
-// The blocks of pages g and g + 8 of a tile; 0 for the last page, whose bounds are not needed, and for what is none.
+// Those of pages g and g + 8 of a tile.
 template <class Deal>
-__device__ __forceinline__ void guess_blocks(int (&blocks)[2], const AttentionParams& a, const PageTable& table,
-                                             const Deal& deal, int tile, int num_pages) {
+__device__ __forceinline__ void guess_blocks(int (&blocks)[2], const PageTable& table, const Deal& deal, int tile) {
 #pragma unroll
     for (int half_tile = 0; half_tile < 2; ++half_tile) {
         const int page = deal.page(tile, threadIdx.x % kWarp / 4 + 8 * half_tile);
-        const auto* from = reinterpret_cast<const uint32_t*>(table.blocks + table.entry(page));
-        const unsigned block = page < num_pages - 1 ? peek_word(from) : 0;
-        blocks[half_tile] = block < unsigned(a.num_blocks) ? block : 0;
+        blocks[half_tile] = page < table.max_pages ? guess_block(table, page) : 0;
+    }
+}
+
+// Of guessed blocks, 0 for the last page, whose bounds are not needed, and for what is none.
+template <class Deal>
+__device__ __forceinline__ void keep_readable(int (&blocks)[2], const AttentionParams& a, const Deal& deal, int tile,
+                                              int num_pages) {
+#pragma unroll
+    for (int half_tile = 0; half_tile < 2; ++half_tile) {
+        const int page = deal.page(tile, threadIdx.x % kWarp / 4 + 8 * half_tile);
+        if (page >= num_pages - 1 || unsigned(blocks[half_tile]) >= unsigned(a.num_blocks)) blocks[half_tile] = 0;
     }
 }
 
@@ -40,9 +46,9 @@ __device__ __forceinline__ void guess_blocks(int (&blocks)[2], const AttentionPa
 template <class T, int D>
 __device__ __forceinline__ void guess_page(const FusedParams& p, const PageTable& table, int row, int kv_head, int page,
                                            int most_tokens) {
-    const int tokens = guess_tokens(p, table, row);
+    if (page >= table.max_pages) return;
+    const int tokens = guess_tokens(p, table, row), block = guess_block(table, page);
     if (tokens > most_tokens || page >= table.pages(tokens)) return;
-    const int block = peek_word(reinterpret_cast<const uint32_t*>(table.blocks + table.entry(page)));
     if (block >= 0 && block < p.attention.num_blocks) prefetch_page<T, D>(p.attention, table, kv_head, page, block);
 }
 
