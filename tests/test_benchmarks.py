@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 MODULES = (
     "timing", "cases", "peers", "phases", "record", "figures", "kernels", "break_even", "decoders", "end_to_end",
     "policies", "attend", "top_p", "fidelity", "forced", "tasks", "longer", "tables", "accuracy", "recordings",
-    "exactness", "recorded", "stitched", "long_fidelity",
+    "exactness", "recorded", "stitched", "long_fidelity", "make_results",
 )  # fmt: skip
 ROW_KEYS = {"case", "path", "metadata", "page_size", "us", "flashinfer_us", "sdpa_us", "floor_us", "gbps", "ratio"}
 
@@ -977,3 +977,58 @@ def test_the_floor_of_the_chain_compiles(tmp_path):
     source = ROOT / "benchmarks" / "chain_floor.cu"
     command = ["nvcc", "-std=c++17", "-arch=sm_90", "-Werror", "all-warnings", "-c", "-o", tmp_path / "out.o", source]
     subprocess.run(command, check=True)
+
+
+@pytest.fixture
+def made(bench, monkeypatch, tmp_path):
+    """make_results.main with these arguments, its commands faked: the record of each, or None where it fails."""
+
+    def main(*arguments, records):
+        left = list(records)
+
+        def run(command, stdout, stderr):
+            assert Path(command[1]).is_file()
+            print("what it printed", file=stdout)
+            record = left.pop(0)
+            if record is not None:
+                Path(command[command.index("--json") + 1]).write_text(json.dumps(record))
+            return types.SimpleNamespace(returncode=0 if record else 1)
+
+        monkeypatch.setattr(bench.make_results.subprocess, "run", run)
+        monkeypatch.setattr(sys, "argv", ["make_results.py", "h100", "--out", str(tmp_path), *arguments])
+        code = bench.make_results.main()
+        assert not left
+        return code
+
+    return main
+
+
+def test_a_file_of_results_has_the_rows_of_all_its_commands(made, bench, tmp_path):
+    machine = {"gpu": "H100", "torch": "2.11", "csrc_tree": "abc"}
+    records = [machine | {"command": "c", "linear": [str(i)], "rows": [{"us": i}]} for i in range(4)]
+    assert made("--only", "end_to_end", "--csrc-tree", "abc", records=records) == 0
+    result = json.loads((tmp_path / "end_to_end-h100.json").read_text())
+    assert result["rows"] == [{"us": i} for i in range(4)] and result["linear"] == list("0123")
+    assert result["command"] == [f"python benchmarks/{c}" for c in bench.make_results.PARTS["end_to_end"]]
+    assert [path.name for path in tmp_path.iterdir()] == ["end_to_end-h100.json"]
+    records[2]["gpu"] = "H200"
+    with pytest.raises(ValueError, match="has another gpu than"):
+        made("--only", "end_to_end", records=records)
+
+
+def test_a_command_that_fails_leaves_its_file_and_a_log(made, tmp_path, capsys):
+    (tmp_path / "kernels-h100.json").write_text("as it was")
+    assert made("--only", "kernels", "break_even", records=[None, {"command": "c", "rows": []}]) == 1
+    assert (tmp_path / "kernels-h100.json").read_text() == "as it was"
+    assert (tmp_path / "kernels-h100.log").read_text() == "what it printed\n"
+    assert json.loads((tmp_path / "break_even-h100.json").read_text())["command"] == "python benchmarks/break_even.py"
+    assert "kernels: 'kernels.py' failed, see" in capsys.readouterr().out
+
+
+def test_end_to_end_takes_the_arguments_of_its_files(bench, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    commands = [c for part in bench.make_results.PARTS.values() for c in part if c.startswith("end_to_end.py")]
+    assert len(commands) == 7
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", command.split())
+        assert bench.end_to_end.parse().models[0] in bench.decoders.SHAPES
