@@ -335,6 +335,24 @@ def test_calibrated_budgets_are_written_and_read(folder, capsys, tmp_path):
     assert "not allowed with argument" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "page_size"),
+    [
+        (("--token-budget", 256), 4),  # 187 tokens are less than 8 budgets
+        (("--token-budget", 256, "--select-every", 8), 8),
+        (("--token-budget", 256, "--budget-ratio", 0.1), 8),
+        ((), 8),  # too few tokens for pages of 4
+    ],
+)
+def test_pages_suit_the_context(folder, capsys, monkeypatch, arguments, page_size):
+    from quest_ops.llama import generate as module
+
+    made, init = [], module.Generator.__init__
+    monkeypatch.setattr(module.Generator, "__init__", lambda *a, **k: (made.append(k["quest"]), init(*a, **k))[1])
+    code, _, _ = generate(capsys, folder, "--prompt", PROMPT, *arguments)
+    assert code == 0 and [quest.page_size for quest in made] == [page_size]
+
+
 def test_more_of_the_cache_is_read_with_a_ratio(folder, capsys):
     shares = []
     for ratio in ((), ("--budget-ratio", 0.8)):

@@ -20,6 +20,9 @@ Continues a prompt: text to stdout as it comes, statistics to stderr.
   quest-ops generate --prompt-file report.txt --token-budget 512
   cat report.txt | quest-ops generate --prompt-file - --attention dense
   quest-ops generate --model ~/models/Qwen2.5-7B-Instruct --device cuda --weights int4 --prompt-file report.txt
+
+Quest's pages have the size that suits prompt and new tokens together (QuestConfig.for_context), and the budget reads as
+many bytes as pages of 8 tokens would; with --budget-ratio or --select-every they are of 8.
 """
 
 
@@ -91,11 +94,14 @@ def run(args: argparse.Namespace) -> int:
         positions = model.config.max_position_embeddings
         if not 1 <= len(prompt) <= positions:
             raise ValueError(f"the prompt has {len(prompt)} tokens; this model takes 1 to {positions}")
+        tokens = min(len(prompt) + args.max_new_tokens, positions)
+        if args.head_budgets is None and args.budget_ratio is None and args.select_every == 1:
+            quest = QuestConfig.for_context(tokens, args.token_budget)
         generator = Generator(
             model,
             attention=args.attention,
             quest=quest,
-            max_sequence_tokens=min(len(prompt) + args.max_new_tokens, positions),
+            max_sequence_tokens=tokens,
             compile=args.compile,
         )
         stream = tokenizer.stream()
