@@ -5,6 +5,10 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../csrc/cuda/team.cuh"
+
+using quest::cuda::complete, quest::cuda::let_successor_start, quest::cuda::peek, quest::cuda::wait_for_predecessor;
+
 constexpr int kThreads = 256, kWarps = 8, kPageBytes = 4096, kMostWords = 2048;  // a page's keys of one head
 constexpr unsigned kAll = 0xffffffffu;
 
@@ -30,14 +34,6 @@ __device__ uint4 load(const char* from) {
                  : "l"(from));
     return v;
 }
-__device__ uint4 peek(const uint32_t* from) {
-    uint4 v;
-    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(from)
-                 : "memory");
-    return v;
-}
 __device__ void publish(uint32_t* to, uint4 v) {
     asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");
@@ -45,9 +41,7 @@ __device__ void publish(uint32_t* to, uint4 v) {
 __device__ void publish(uint32_t* to, uint32_t x) {
     asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
 }
-__device__ bool complete(uint4 v) { return v.x != 0 && v.y != 0 && v.z != 0 && v.w != 0; }
 __device__ uint32_t fold(uint4 v) { return v.x ^ v.y ^ v.z ^ v.w; }
-__device__ void let_successor_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 __host__ __device__ int team_words(int group, int size, int words) { return 32 + words + 256 * group * size; }
 
@@ -60,7 +54,7 @@ __global__ void __launch_bounds__(kThreads, 2) chain(const __grid_constant__ Par
     const int size = 1 << p.size_log2, team = blockIdx.x >> p.size_log2, rank = blockIdx.x & (size - 1);
     const int head = team % p.heads, row = team / p.heads;
     if (row >= p.rows) {  // beside the teams: every SM has a block
-        asm volatile("griddepcontrol.wait;" ::: "memory");
+        wait_for_predecessor();
         let_successor_start();
         return;
     }
@@ -113,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, 2) chain(const __grid_constant__ Par
 #pragma unroll
             for (int j = 0; j < kLoads; ++j) bounds[i][j] = load_bounds(j, pages);
         }
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    wait_for_predecessor();
     if (p.start == kAtOnce) let_successor_start();
     sum ^= fold(load(reinterpret_cast<const char*>(p.query + team * p.group * 16 + lane % 16)));
     Pages next_pages = pages_of(in_team + kAhead * warps);

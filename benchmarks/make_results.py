@@ -77,7 +77,7 @@ def main() -> int:
         f"without {', '.join(part for part in PARTS if part not in DEFAULT)}",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=record.ROOT / "benchmarks" / "results", metavar="FOLDER")
-    parser.add_argument("--csrc-tree", help="`git rev-parse HEAD:csrc` of the code that runs, where there is no git")
+    record.add_csrc_tree_argument(parser)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     failed = False

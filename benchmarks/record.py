@@ -55,6 +55,10 @@ def add_text_argument(parser) -> None:
 def add_arguments(parser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw them here (PNG; needs matplotlib)")
+    add_csrc_tree_argument(parser)
+
+
+def add_csrc_tree_argument(parser) -> None:
     parser.add_argument(
         "--csrc-tree", help="`git rev-parse HEAD:csrc` of the code that runs, where this checkout cannot tell"
     )
