@@ -43,3 +43,43 @@ def test_default_dtype_is_what_the_cpu_reads_fastest(capability, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert default_dtype("cpu") == (torch.float32 if capability == "DEFAULT" else torch.bfloat16)
     assert default_dtype("cuda") == torch.bfloat16
+
+
+@pytest.fixture
+def few_rows():
+    if linear.few_rows is None or torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs Triton and compute capability 9.0")
+    return linear.few_rows
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_products_of_few_rows(few_rows, dtype):
+    torch.manual_seed(0)
+    weight = torch.randn(192, 1024, device="cuda").to(dtype)
+    x = torch.randn(few_rows.MOST_ROWS, 1024, device="cuda").to(dtype)
+    exact = x.double() @ weight.double().T
+    outs = {rows: few_rows.multiply_few_rows(x[:rows], weight) for rows in (2, 3, 8, len(x))}
+    for rows, out in outs.items():
+        assert out.dtype == dtype and torch.equal(out, outs[len(x)][:rows])
+        rounding = torch.finfo(dtype).eps / 2 * 1.01
+        assert ((out - exact[:rows]).abs() <= rounding * exact[:rows].abs() + 1e-3).all()
+    torch.library.opcheck(few_rows.multiply_few_rows, (x[:5], weight))
+
+
+@pytest.mark.gpu
+def test_compiled_layers_multiply_few_rows_by_triton(few_rows):
+    torch._dynamo.reset()
+    layer = linear.Linear(512, 128, dtype=torch.bfloat16, device="cuda")
+    compiled = torch.compile(layer, fullgraph=True)
+    with torch.inference_mode():
+        for rows in (2, few_rows.MOST_ROWS, few_rows.MOST_ROWS + 1):
+            x = torch.randn(rows, 512, dtype=torch.bfloat16, device="cuda")
+            assert few_rows.serves(x, layer.weight) == (rows <= few_rows.MOST_ROWS)
+            out = compiled(x)
+            torch.testing.assert_close(out, layer(x), rtol=0.02, atol=0.01)  # the bias is added to what is rounded
+            if rows <= few_rows.MOST_ROWS:
+                product = few_rows.multiply_few_rows(x, layer.weight)
+                torch.testing.assert_close(out, product + layer.bias, rtol=0.01, atol=0.01)
+    assert not few_rows.serves(torch.zeros(1, 512, dtype=torch.bfloat16, device="cuda"), layer.weight)
+    assert not few_rows.serves(torch.zeros(2, 512, device="cuda"), layer.weight.float())

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+few_rows = None
+if torch.version.cuda and importlib.util.find_spec("triton"):
+    from . import few_rows
 
 
 def has_x86_vectors() -> bool:
@@ -27,6 +33,10 @@ class Linear(nn.Linear):
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [M, K], weight [N, K], bias [N] -> [M, N], all of one dtype."""
+    # Where calls are compiled they are for a CUDA graph, in which Triton's launches take no time on the host.
+    if torch.compiler.is_compiling() and few_rows and few_rows.serves(x, weight):
+        out = few_rows.multiply_few_rows(x, weight)
+        return out if bias is None else out + bias
     if x.is_cpu and x.dtype == torch.bfloat16 and not MULTIPLIES_BFLOAT16 and len(x) > ROWS:
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
     return F.linear(x, weight, bias)
