@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-# By path, fitted to benchmarks/results/break_even-h100.json (docs/performance.md, "When it pays"): the bytes that dense
-# attention reads in the time by which Quest's launches alone take longer, and the time of a byte that Quest reads, as
-# a multiple of dense attention's. The portable path's also stand for blocks of one launch that take turns.
-ONE_LAUNCH = 8.9e6, 0.975
-PORTABLE = 13.6e6, 1.035
+# Fitted to benchmarks/results/break_even-h100.json (docs/performance.md, "When it pays"): the bytes that dense
+# attention reads in the time by which Quest starts later, where all of its blocks are on the chip together and where
+# they take turns; and the time of a byte that Quest reads, as a multiple of dense attention's.
+TOGETHER_BYTES, IN_TURNS_BYTES = 8.9e6, 5e6
+BYTE_COST = 0.975
 
 NEVER = 2**31 - 1  # more tokens than a row can have
 
@@ -35,9 +35,9 @@ def plan_dense_length(
 
         n * b = X + r * (B + n * m) * b,    so at    n = (X / b + r * B) / (1 - r * m)
 
-    X is Quest's longer start, in bytes, and r the cost of a scattered byte: constants of an H100, for steps of one
-    launch whose blocks fit the chip together, and for others. With a ratio q Quest reads (max(B, q * n) + n * m) * b,
-    and must also be past
+    X is Quest's longer start, in bytes, and r the cost of a scattered byte: constants of an H100, X one for steps whose
+    blocks fit the chip together and one for others. With a ratio q Quest reads (max(B, q * n) + n * m) * b, and must
+    also be past
 
         n = X / b / (1 - r * (q + m))
 
@@ -45,12 +45,11 @@ def plan_dense_length(
     """
     # As in csrc/plan.h: two blocks for each (row, KV head).
     together = rows * kv_heads * (1 if head_dim <= 128 else 2) <= num_sms
-    start_bytes, byte_cost = ONE_LAUNCH if together else PORTABLE
-    token_bytes = rows * kv_heads * head_dim * 2 * element_size
+    start_tokens = (TOGETHER_BYTES if together else IN_TURNS_BYTES) / (rows * kv_heads * head_dim * 2 * element_size)
     budget = page_budget * page_size
     metadata_share = metadata_size / (element_size * page_size)
-    tokens = (start_bytes / token_bytes + byte_cost * budget) / (1 - byte_cost * metadata_share)
+    tokens = (start_tokens + BYTE_COST * budget) / (1 - BYTE_COST * metadata_share)
     if budget_ratio:
-        gain = 1 - byte_cost * (budget_ratio + metadata_share)  # of a token, over dense attention's time
-        tokens = max(tokens, start_bytes / token_bytes / gain) if gain > 0 else NEVER
+        gain = 1 - BYTE_COST * (budget_ratio + metadata_share)  # of a token, over dense attention's time
+        tokens = max(tokens, start_tokens / gain) if gain > 0 else NEVER
     return max(budget, min(int(tokens), NEVER) // page_size * page_size)
