@@ -59,7 +59,7 @@ class QuestConfig:
     4-bit"). They fit the defaults of PagedKVCache. The paper's own choice is `QuestConfig.paper()`.
 
     page_size: tokens a page: 4, 8, 16, 32, 64 or 128; the cache's. Chosen by the table of policies; for contexts of
-        up to 8 budgets or more than 16 others are better (`for_context`).
+        few budgets or more than 16 others are better (`for_context`).
     token_budget: most tokens a decode row attends to, sink and recent ones included; rounded down to whole pages.
         budget_ratio lets it grow with the row's length, head_budgets shares it out among layers and heads.
     sink_tokens, recent_tokens: first and last tokens that are always attended to; rounded up to whole pages. At least
@@ -194,13 +194,15 @@ class QuestConfig:
 
     @classmethod
     def for_context(cls, tokens: int, token_budget: int = 2048, **settings) -> QuestConfig:
-        """For contexts of about `tokens`: the page size that loses least there among those that read no more bytes than
-        pages of 8 at `token_budget` do, by docs/accuracy.md, "Longer contexts".
+        """For contexts of about `tokens`: the page size that loses least there, by docs/accuracy.md ("Longer contexts",
+        "Pages of 4"), and a budget that fits what is read of metadata.
 
-        Pages of 4 up to 8 budgets of context, of 256 tokens or more (they take longer to choose: docs/performance.md),
-        of 8 up to 16, of 16 up to 64, else of 32. A larger page has less metadata to read, and the budget is as much
-        larger: by 9/512, 27/1024 of `tokens`; for pages of 4 it is smaller, by 9/256. `settings` are the other fields;
-        with page_size or metadata_dtype among them there is nothing left to choose: TypeError.
+        Pages of 4 up to 8 budgets of context, and up to 16 where that is up to 16,384 tokens, if the budget is 256 or
+        more (they take longer to choose: docs/performance.md); of 8 up to 16 budgets, of 16 up to 64, else of 32. With
+        pages of 4 as many bytes are read as with the paper's policy, pages of 16 in 16 bits, at `token_budget`: the
+        budget is smaller by 1/128 of `tokens`. With larger ones as many as with pages of 8: it is larger by 9/512 or
+        27/1024. `settings` are the other fields; with page_size or metadata_dtype among them there is nothing left to
+        choose: TypeError.
         """
         check_int("tokens", tokens, 1)
         check_int("token_budget", token_budget, 1)
@@ -209,10 +211,12 @@ class QuestConfig:
                 raise TypeError(f"for_context chooses {name}, got {settings[name]!r}")
         budgets = tokens / token_budget
         page_size = 8 if budgets <= 16 else 16 if budgets <= 64 else 32
-        if budgets <= 8 and token_budget >= 256:  # a smaller one has no room beside sink and recent tokens
+        few = budgets <= 8 or (budgets <= 16 and tokens <= 16384)
+        if few and token_budget >= 256:  # a smaller one has no room beside sink and recent tokens
             page_size = 4
-        # A page's metadata is 9/32 of K and V of a token of 16 bits.
-        saved = 9 * (tokens // 8 - tokens // page_size) // 32
+        # In K and V of a token, of 16 bits: a page's metadata is 9/32, of one of the paper's 1.
+        allowed = tokens // 16 if page_size == 4 else 9 * (tokens // 8) // 32
+        saved = allowed - 9 * (tokens // page_size) // 32
         return cls(page_size=page_size, token_budget=token_budget + saved, **settings)
 
     @classmethod

@@ -21,8 +21,8 @@ Continues a prompt: text to stdout as it comes, statistics to stderr.
   cat report.txt | quest-ops generate --prompt-file - --attention dense
   quest-ops generate --model ~/models/Qwen2.5-7B-Instruct --device cuda --weights int4 --prompt-file report.txt
 
-Quest's pages have the size that suits prompt and new tokens together (QuestConfig.for_context), and the budget reads as
-many bytes as pages of 8 tokens would; with --budget-ratio or --select-every they are of 8.
+Quest's pages have the size that suits prompt and new tokens together, and the budget is smaller or larger as their
+metadata takes more or fewer bytes (QuestConfig.for_context); with --budget-ratio or --select-every they are of 8.
 """
 
 
