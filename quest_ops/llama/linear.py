@@ -25,18 +25,20 @@ ROWS = 3  # up to so many, row by row is faster
 
 
 class Linear(nn.Linear):
-    """torch's, by `multiply`."""
+    """torch's, by `multiply`; where calls are compiled, of few rows on a GPU, by `few_rows`.
+
+    Compiled calls are for a CUDA graph, in which Triton's launches take no time on the host.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and few_rows and few_rows.serves(x, self.weight):
+            out = few_rows.multiply_few_rows(x, self.weight)
+            return out if self.bias is None else out + self.bias
         return multiply(x, self.weight, self.bias)
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [M, K], weight [N, K], bias [N] -> [M, N], all of one dtype."""
-    # Where calls are compiled they are for a CUDA graph, in which Triton's launches take no time on the host.
-    if torch.compiler.is_compiling() and few_rows and few_rows.serves(x, weight):
-        out = few_rows.multiply_few_rows(x, weight)
-        return out if bias is None else out + bias
     if x.is_cpu and x.dtype == torch.bfloat16 and not MULTIPLIES_BFLOAT16 and len(x) > ROWS:
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
     return F.linear(x, weight, bias)
