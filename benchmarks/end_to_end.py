@@ -14,7 +14,8 @@ step that chooses and N - 1 that do not (on a GPU of a graph of each kind).
 
 --policy says what Quest's pages are: "default" those of QuestConfig, 8 tokens and two points of the keys in 4 bits;
 "minmax" 16 tokens, minimum and maximum in the cache's dtype, as in the paper; "minmax-8bit" these in 8 bits;
-"pages-of-4", "pages-of-16" and "pages-of-32" are the default with these, for contexts of few budgets or many.
+"pages-of-4", "pages-of-16" and "pages-of-32" are the default with these, for contexts of few budgets or many, and
+"pages-of-32-8bit" in 8 bits.
 
 - ms: a step; tokens/s: batch over it.
 - attention: the share of ms that a step without attention does not need; weights: that of its matrix products, logits
@@ -50,6 +51,7 @@ POLICIES = {
     "minmax": {"page_size": 16, "bound": "minmax", "metadata_dtype": None},
     "minmax-8bit": {"page_size": 16, "bound": "minmax", "metadata_dtype": torch.float8_e4m3fn},
     **{f"pages-of-{size}": {"page_size": size} for size in (4, 16, 32)},
+    "pages-of-32-8bit": {"page_size": 32, "metadata_dtype": torch.float8_e4m3fn},
 }
 BITS = {dtype: str(bits) for bits, dtype in NARROW_METADATA.items()}  # of metadata not in the cache's dtype
 ATTENTIONS = tuple(figures.ATTENTIONS)
