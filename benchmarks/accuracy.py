@@ -76,7 +76,7 @@ def compared(policies: list[Policy], budgets: list[int], files: list[Path]) -> l
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=TABLES)
-    parser.add_argument("--quick", action="store_true", help="a small table on the CPU, within 3 minutes")
+    parser.add_argument("--quick", action="store_true", help="a small table on the CPU, within 5 minutes")
     parser.add_argument("--model", default="smollm2", help="a Hugging Face folder or hub id, or a .gguf file")
     record.add_text_argument(parser)
     parser.add_argument("--context", nargs="+", type=record.positive, metavar="TOKENS", help="of a document")

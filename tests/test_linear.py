@@ -65,6 +65,8 @@ def test_products_of_few_rows(few_rows, dtype):
         rounding = torch.finfo(dtype).eps / 2 * 1.01
         assert ((out - exact[:rows]).abs() <= rounding * exact[:rows].abs() + 1e-3).all()
     torch.library.opcheck(few_rows.multiply_few_rows, (x[:5], weight))
+    with pytest.raises(ValueError, match=r"2 to 16 rows.*got \[1, 1024\]"):
+        few_rows.multiply_few_rows(x[:1], weight)
 
 
 @pytest.mark.gpu

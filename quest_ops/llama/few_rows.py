@@ -47,6 +47,7 @@ def serves(x: Tensor, weight: Tensor) -> bool:
     there."""
     return (
         x.is_cuda
+        and x.device == weight.device
         and x.dtype == weight.dtype
         and x.dtype in (torch.bfloat16, torch.float16)
         and 2 <= x.size(0) <= MOST_ROWS
@@ -58,15 +59,22 @@ def serves(x: Tensor, weight: Tensor) -> bool:
 
 @torch.library.custom_op("quest_ops_llama::multiply_few_rows", mutates_args=(), device_types="cuda")
 def multiply_few_rows(x: Tensor, weight: Tensor) -> Tensor:
-    """x [M, K], weight [N, K], contiguous, as `serves` has them -> [M, N], sums in float32. Products are the same
-    whatever M."""
+    """x [M, K], weight [N, K] -> [M, N], sums in float32. Products are the same whatever M. Raises ValueError for what
+    `serves` is not true of."""
+    if not serves(x, weight):
+        raise ValueError(
+            "x must have 2 to 16 rows and weight be [N, K] of N % 64 = 0 and K % 256 = 0, both in float16 or bfloat16 "
+            f"on one GPU of compute capability 9.0 or later, got {list(x.shape)} in {x.dtype} on {x.device} and "
+            f"{list(weight.shape)} in {weight.dtype} on {weight.device}"
+        )
     rows, inputs = x.shape
     outputs = weight.size(0)
     out = x.new_empty(rows, outputs)
-    _multiply[(outputs // OUTPUTS,)](
-        x.contiguous(), weight.contiguous(), out, rows, outputs, inputs, MOST_ROWS, OUTPUTS, INPUTS, TILES_AHEAD,
-        EARLY_INPUTS, num_warps=WARPS, num_stages=TILES_AHEAD, launch_pdl=True,
-    )  # fmt: skip
+    with torch.cuda.device(x.device):
+        _multiply[(outputs // OUTPUTS,)](
+            x.contiguous(), weight.contiguous(), out, rows, outputs, inputs, MOST_ROWS, OUTPUTS, INPUTS, TILES_AHEAD,
+            EARLY_INPUTS, num_warps=WARPS, num_stages=TILES_AHEAD, launch_pdl=True,
+        )  # fmt: skip
     return out
 
 
