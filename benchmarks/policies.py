@@ -138,6 +138,7 @@ NAMED = (
         for size in (4, 16, 32)
     ),
     replace(BEST, name="principal 1, pages of 4, 4-bit, the paper's bytes", page_size=4, equal_bytes=1.0),
+    Policy("oracle, pages of 4", page_size=4, oracle=True),
     *(replace(EIGHT_BIT, name=f"principal {scale:g}, pages of 8, 8-bit", bound_scale=scale) for scale in (0.75, 1.25)),
     replace(BEST, name=f"{BEST.name}, ratio", ratio=True),
     replace(BEST, name=f"{BEST.name}, top-p", top_p=True),
