@@ -41,6 +41,7 @@ PAGES = {
     "pages of 8, 4-bit": DEFAULT_PAGES,
     "pages of 4, 4-bit": Pages(4, 4, "principal"),
     "pages of 16, 4-bit": Pages(16, 4, "principal"),
+    "pages of 32, 4-bit": Pages(32, 4, "principal"),
 }
 MAIN_PAGES = tuple(PAGES.values())[:5]
 
@@ -263,6 +264,16 @@ EXTRA_CASES = [
         )
         for case in (_gqa8(8), Case("mha-8k-b1", (8192,), kv_heads=32))
         for budget in (512, 1024)
+    ),
+    # Many budgets: what QuestConfig.for_context gives coarser pages.
+    *(
+        replace(
+            case,
+            name=f"{case.name}-block32",
+            block_size=32,
+            pages=(PAGES["pages of 16, 4-bit"], PAGES["pages of 32, 4-bit"]),
+        )
+        for case in (_gqa8(128), Case("mha-128k-b1", (131072,), kv_heads=32))
     ),
 ]
 

@@ -106,7 +106,7 @@ inline int32_t plan_team(Chip chip, int64_t teams, int32_t group, int32_t head_d
         return n;
     };
     // A block an SM leaves room for the next launch's beside it, and was faster than two an SM where a team then has
-    // eight or more; where the bytes of many pages set the pace, four or more (docs/performance.md).
+    // eight or more; where the bytes of many pages set the pace, four or more (docs/experiments.md).
     const int32_t least = max_pages > kMostDirectPages && metadata_bits > 4 ? 2 : 3;
     int32_t n = largest(chip.num_sms);
     if (n < least) n = largest(resident);

@@ -68,10 +68,9 @@ struct PageRows {
         }
     }
     // The metadata, from the first `count` stored keys.
-    template <bool kCompact>
     __device__ __forceinline__ void store_bounds_of(int count) const {
         __syncwarp();  // orders the warp's stores before its loads
-        store_page_bounds<T, M, D, kCompact>(keys, p.k_cache.token_stride, count, p.bound, bounds);
+        store_page_bounds<T, M, D>(keys, p.k_cache.token_stride, count, p.bound, bounds);
     }
 };
 
@@ -93,7 +92,7 @@ __device__ __forceinline__ void append_by_warp(const AppendParams& p, int token,
         if (++i >= p.num_tokens) break;
         place = place_of(p, i);
     }
-    page.template store_bounds_of<false>(highest + 1);
+    page.store_bounds_of(highest + 1);
 }
 
 template <class T, class M, int D>
@@ -118,7 +117,7 @@ __device__ __noinline__ void append_by_spare_blocks(const AppendParams& p, int b
         if (place.block < 0) continue;
         const PageRows<T, M, D> page(p, place, head);
         page.write(row, head, place.offset);
-        page.template store_bounds_of<true>(place.offset + 1);
+        page.store_bounds_of(place.offset + 1);
     }
 }
 

@@ -1,9 +1,7 @@
 // The two vectors of one page's metadata, by one warp, from its stored keys. Both writing ops use it, so that appended
 // and rebuilt metadata have the same bits: NaN stays NaN.
 #pragma once
-#include <cfloat>
-
-#include "few_points.cuh"
+#include "points.cuh"
 
 namespace quest::cuda {
 
@@ -114,115 +112,57 @@ __device__ void store_min_max(const T* keys, int64_t token_stride, int count, M*
     }
 }
 
-// Mean -+ radius, or two points on the axis of largest deviation, nearly (quest_ops/ops.py has the formulas); a lane
-// for D / 32 channels. In float32, one rounding an operation (the intrinsics keep the compiler from contracting),
-// tokens in their order: the CPU kernels and the twin agree in all bits. All passes over the tokens share code: in a
-// decoder code is fetched anew for every layer, which takes longer than the arithmetic.
-// kTokens: at once.
-template <class T, class M, int D, int kTokens>
-__device__ __noinline__ void store_bounds_about_mean(const T* keys, int64_t token_stride, int count, BoundRule rule,
-                                                     M* bounds) {
-    constexpr int N = D / kWarp;
-    const int channel = threadIdx.x % kWarp * N;
-    keys += channel;
-    // The deviations are added up as they are (from 0: to the mean), as radii, or multiplied: by themselves, to find
-    // the farthest; by the farthest; by the axis.
-    enum Pass { kMean, kRadius, kSquare, kFarthest, kAxis };
-    const bool points = rule.kind == BoundKind::kPrincipal, squared = rule.kind == BoundKind::kMeanStd;
-    float mean[N] = {}, found[N] = {}, farthest = -1, fourths[2] = {}, inverse = 1;
-    int pass = kMean;
-    while (true) {
-        float next[N] = {};
+// Mean -+ radius (quest_ops/ops.py has the formulas); a lane for D / 32 channels. In float32, one rounding an
+// operation, tokens in their order, as `store_points`. Both passes over the tokens share code: in a decoder code is
+// fetched anew for every layer, which takes longer than the arithmetic.
+template <class T, class M, int D>
+__device__ __noinline__ void store_mean_and_radius(const T* keys, int64_t token_stride, int count, BoundRule rule,
+                                                   M* bounds) {
+    constexpr int N = D / kWarp, kTokens = D <= 128 ? 4 : 2;  // at once
+    keys += threadIdx.x % kWarp * N;
+    const bool squared = rule.kind == BoundKind::kMeanStd;
+    float mean[N] = {}, radius[N] = {};
+#pragma unroll 1
+    for (int pass = 0; pass < 2; ++pass) {  // deviations are added up as they are, from 0: to the mean; then as radii
+        float sum[N] = {};
 #pragma unroll 1
         for (int first = 0; first < count; first += kTokens) {
             Elements<T, N> runs[kTokens];
 #pragma unroll
             for (int t = 0; t < kTokens; ++t)
                 runs[t] = *reinterpret_cast<const Elements<T, N>*>(keys + min(first + t, count - 1) * token_stride);
-            float deviation[kTokens][N], dots[kTokens];
-#pragma unroll
-            for (int t = 0; t < kTokens; ++t)
-#pragma unroll
-                for (int i = 0; i < N; ++i) deviation[t][i] = __fsub_rn(float(runs[t].of[i]), mean[i]);
-            if (pass >= kSquare)
-#pragma unroll
-                for (int t = 0; t < kTokens; ++t) {
-                    float other[N];
-#pragma unroll
-                    for (int i = 0; i < N; ++i) other[i] = pass == kSquare ? deviation[t][i] : found[i];
-                    dots[t] = __fmul_rn(dot_in_pairs(deviation[t], other), inverse);
-                }
 #pragma unroll
             for (int t = 0; t < kTokens; ++t) {
                 if (first + t >= count) break;
-                if (pass == kSquare) {
-                    const bool farther = farthest < 0 || dots[t] > farthest;
-                    if (farther) farthest = dots[t];
 #pragma unroll
-                    for (int i = 0; i < N; ++i)
-                        if (farther) next[i] = deviation[t][i];
-                } else if (pass == kAxis) {
-                    const float square = __fmul_rn(dots[t], dots[t]), fourth = __fmul_rn(square, square);
-                    fourths[0] = __fadd_rn(fourths[0], dots[t] > 0 ? 0 : fourth);
-                    fourths[1] = __fadd_rn(fourths[1], dots[t] > 0 ? fourth : 0);
-                } else {
-                    const float factor = pass == kFarthest ? dots[t] : 1.f;
-#pragma unroll
-                    for (int i = 0; i < N; ++i) {
-                        const float x = deviation[t][i], by = pass == kRadius && squared ? x : factor;
-                        next[i] = __fadd_rn(next[i], __fmul_rn(pass == kRadius && !squared ? fabsf(x) : x, by));
-                    }
+                for (int i = 0; i < N; ++i) {
+                    const float x = __fsub_rn(float(runs[t].of[i]), mean[i]);
+                    sum[i] = __fadd_rn(sum[i], pass == 0 ? x : squared ? __fmul_rn(x, x) : fabsf(x));
                 }
             }
         }
-        if (pass == kAxis) break;
-        float scale = 1;
-        if (pass == kFarthest) {
-            const float square = dot_in_pairs(next, next);
-            scale = square > 0 ? __frcp_rn(__fsqrt_rn(square)) : 0;
-        }
-        const bool averages = pass <= kRadius;
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
-            const float x = averages ? __fdiv_rn(next[i], float(count)) : __fmul_rn(next[i], scale);
-            if (pass == kMean)
-                mean[i] = x;
-            else
-                found[i] = x;
-        }
-        if (pass == kRadius) break;
-        if (pass == kSquare) inverse = farthest >= FLT_MIN ? __frcp_rn(farthest) : 0;
-        if (pass == kFarthest) inverse = farthest >= FLT_MIN ? __frcp_rn(__fsqrt_rn(farthest)) : 0;
-        pass = pass == kMean ? (points ? kSquare : kRadius) : pass + 1;
+        for (int i = 0; i < N; ++i) (pass == 0 ? mean[i] : radius[i]) = __fdiv_rn(sum[i], float(count));
     }
 #pragma unroll 1
     for (int side = 0; side < 2; ++side) {
-        // A point is mean + radius * found, or, the radius being found, mean + sign * found.
-        float radius = side == 0 ? -1 : 1;
-        if (points) {
-            const float fourth = side == 0 ? fourths[0] : fourths[1];
-            const float reach = __fmul_rn(rule.scale, __fsqrt_rn(farthest));
-            radius *= __fmul_rn(reach, __fsqrt_rn(__fsqrt_rn(__fdiv_rn(fourth, float(count)))));
-        } else {
-            radius *= rule.scale;
-        }
-        float vector[N];
+        const float sign = side == 0 ? -rule.scale : rule.scale;
+        float offset[N];
 #pragma unroll
-        for (int i = 0; i < N; ++i) vector[i] = __fmul_rn(radius, squared ? __fsqrt_rn(found[i]) : found[i]);
-        store_side<M, N, D>(bounds, side, mean, vector);
+        for (int i = 0; i < N; ++i) offset[i] = __fmul_rn(sign, squared ? __fsqrt_rn(radius[i]) : radius[i]);
+        store_side<M, N, D>(bounds, side, mean, offset);
     }
 }
 
-// kCompact: in little code, for a launch that does other things as well.
-template <class T, class M, int D, bool kCompact>
+template <class T, class M, int D>
 __device__ __forceinline__ void store_page_bounds(const T* keys, int64_t token_stride, int count, BoundRule rule,
                                                   M* bounds) {
-    if (rule.kind == BoundKind::kPrincipal && count <= 8)
-        store_points_of_few<T, M, D>(keys, token_stride, count, rule.scale, bounds);
+    if (rule.kind == BoundKind::kPrincipal)
+        store_points<T, M, D>(keys, token_stride, count, rule.scale, bounds);
     else if (rule.kind == BoundKind::kMinMax)
         store_min_max<T, M, D>(keys, token_stride, count, bounds);
     else
-        store_bounds_about_mean<T, M, D, kCompact ? 1 : D <= 128 ? 4 : 2>(keys, token_stride, count, rule, bounds);
+        store_mean_and_radius<T, M, D>(keys, token_stride, count, rule, bounds);
 }
 
 }  // namespace quest::cuda

@@ -6,7 +6,7 @@
 namespace quest::cuda {
 
 template <class T, class M, int D>
-__global__ void __launch_bounds__(kWarp* kWarpsPerBlock, D <= 128 ? 6 : 4)
+__global__ void __launch_bounds__(kWarp* kWarpsPerBlock, D <= 128 ? 5 : 4)
     update_page_metadata_kernel(const UpdateParams p) {
     wait_for_predecessor();  // and no successor starts early: it might read bounds at once
 
@@ -20,8 +20,8 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock, D <= 128 ? 6 : 4)
         const int block = table.block(page), part = table.part(page);
         const T* keys = page_rows<T>(p.k_cache, block, part, page_size, head);
         M* bounds = page_metadata<M, D>(p.metadata, block, part, head);
-        store_page_bounds<T, M, D, false>(keys, p.k_cache.token_stride, min(page_size, tokens - page * page_size),
-                                          p.bound, bounds);
+        store_page_bounds<T, M, D>(keys, p.k_cache.token_stride, min(page_size, tokens - page * page_size), p.bound,
+                                   bounds);
     }
     __threadfence();
 }
