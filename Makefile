@@ -38,8 +38,9 @@ install: $(VENV)/.installed-llama
 demo: $(VENV)/.installed-llama
 	$(VENV)/bin/quest-ops demo $(ARGS)
 
+# Two at a time; one, for a debugger: ARGS="-n 0 --pdb".
 test: $(VENV)/.installed-test
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n 2 $(ARGS)
 
 bench: $(VENV)/.installed-llama
 	$(VENV)/bin/python benchmarks/cpu_decode.py
