@@ -14,8 +14,8 @@ step that chooses and N - 1 that do not (on a GPU of a graph of each kind).
 
 --policy says what Quest's pages are: "default" those of QuestConfig, 8 tokens and two points of the keys in 4 bits;
 "minmax" 16 tokens, minimum and maximum in the cache's dtype, as in the paper; "minmax-8bit" these in 8 bits;
-"pages-of-4", "pages-of-16" and "pages-of-32" are the default with these, for contexts of few budgets or many, and
-"pages-of-32-8bit" in 8 bits.
+"pages-of-4", "pages-of-16" and "pages-of-32" are the default with these, for contexts of few budgets or many,
+"pages-of-32-8bit" in 8 bits, and "for-context" what QuestConfig.for_context gives, which makes the budget larger.
 
 - ms: a step; tokens/s: batch over it.
 - attention: the share of ms that a step without attention does not need; weights: that of its matrix products, logits
@@ -53,6 +53,7 @@ POLICIES = {
     **{f"pages-of-{size}": {"page_size": size} for size in (4, 16, 32)},
     "pages-of-32-8bit": {"page_size": 32, "metadata_dtype": torch.float8_e4m3fn},
 }
+FOR_CONTEXT = "for-context"
 BITS = {dtype: str(bits) for bits, dtype in NARROW_METADATA.items()}  # of metadata not in the cache's dtype
 ATTENTIONS = tuple(figures.ATTENTIONS)
 CONTEXTS = tuple(1024 * k for k in (8, 16, 32, 64, 128))
@@ -146,6 +147,21 @@ def paged_attentions(model: Llama, batch: int, context: int, entries: list[Entry
             pools[kind] = FilledPool(model, batch, context, quest)
         made[name, quest] = PagedAttention(pools[kind], name, quest)
     return made
+
+
+def quests_of(args: argparse.Namespace, context: int) -> list[QuestConfig]:
+    """What is timed at a context. Raises ValueError as QuestConfig does."""
+    budget = args.budget or (512 if args.quick else 2048)
+    chosen = product(args.policy, args.dense_layers, args.select_every)
+    quests = []
+    for policy, dense_layers, every in chosen:
+        settings = {"token_budget": budget, "dense_layers": tuple(range(dense_layers)), "select_every": every}
+        quests.append(
+            QuestConfig.for_context(context, **settings)
+            if policy == FOR_CONTEXT
+            else QuestConfig(**settings, **POLICIES[policy])
+        )
+    return quests
 
 
 def check(model: Llama, entries: list[Entry]) -> None:
@@ -247,7 +263,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--attention", nargs="+", choices=ATTENTIONS, help="default: all that run here")
     parser.add_argument("--budget", type=record.positive, metavar="TOKENS", help="of Quest; default: 2048")
     parser.add_argument(
-        "--policy", nargs="+", choices=POLICIES, default=["default"], help="Quest's pages and what it keeps of them"
+        "--policy",
+        nargs="+",
+        choices=[*POLICIES, FOR_CONTEXT],
+        default=["default"],
+        help="Quest's pages and what it keeps of them",
     )
     parser.add_argument(
         "--dense-layers", nargs="+", type=record.natural, default=[0], metavar="N", help="first layers without Quest"
@@ -274,18 +294,11 @@ def parse() -> argparse.Namespace:
     args.weights = args.weights or ("bf16" if default_dtype(args.device) == torch.bfloat16 else "fp32")
     args.compiled = args.device == "cuda" and not args.no_compile
     try:
-        args.quests = [
-            QuestConfig(
-                token_budget=args.budget or (512 if args.quick else 2048),
-                dense_layers=tuple(range(dense_layers)),
-                select_every=every,
-                **POLICIES[policy],
-            )
-            for policy, dense_layers, every in product(args.policy, args.dense_layers, args.select_every)
-        ]
+        args.quests = {context: quests_of(args, context) for context in args.context}
     except ValueError as error:
         parser.error(str(error))
-    if uneven := [quest for quest in args.quests if quest.page_size % quest.select_every]:
+    quests = [quest for quests in args.quests.values() for quest in quests]
+    if uneven := [quest for quest in quests if quest.page_size % quest.select_every]:
         page_size, every = uneven[0].page_size, uneven[0].select_every
         parser.error(f"--select-every must divide a page of {page_size} tokens, got {every}")
     if uneven := [n for n in args.context if n % max(args.select_every)]:
@@ -296,7 +309,8 @@ def parse() -> argparse.Namespace:
 @torch.inference_mode()
 def main() -> None:
     args = parse()
-    rows, linear, entries = [], [], entries_of(args.attention, args.quests)
+    rows, linear = [], []
+    entries = {context: entries_of(args.attention, quests) for context, quests in args.quests.items()}
     print(HEADER)
     for name in args.models:
         model = load(name, args.weights, args.device)
@@ -304,11 +318,11 @@ def main() -> None:
         longest = model.config.max_position_embeddings
         if max(args.context) > longest:
             raise SystemExit(f"--context {max(args.context)} is more than the {longest} positions of {name}")
-        check(model, entries)
+        check(model, list(dict.fromkeys(entry for of_context in entries.values() for entry in of_context)))
         for batch in args.batch:
             torch.compiler.reset()  # else the second batch size is compiled for any, and a ninth shape not at all
             for context in args.context:
-                times = times_of(model, batch, context, entries, args.compiled)
+                times = times_of(model, batch, context, entries[context], args.compiled)
                 new = rows_of(Path(name).name, args.weights, batch, context, times)
                 for row in new:
                     show(row)

@@ -27,7 +27,7 @@ PARTS = {
     "break_even": ["break_even.py"],
     "end_to_end": [
         f"{SEVEN} --weights int4 --context 32768 98304 {ALL_POLICIES} --dense-layers 0 2",
-        f"{EIGHT} --weights int4 --context 131072 {ALL_POLICIES}",
+        f"{EIGHT} --weights int4 --context 131072 {ALL_POLICIES} pages-of-16 for-context",
         f"{EIGHT} --weights bf16 --context 32768 --batch 8 {ALL_POLICIES}",
         f"{SEVEN} --weights bf16 --context 32768 {ALL_POLICIES} --dense-layers 0 2",
     ],
@@ -36,7 +36,7 @@ PARTS = {
         f"{EIGHT} --weights int4 --context 8192 32768 {ALL_POLICIES} --attention quest flashinfer",
     ],
     "end_to_end-192k": [  # 140 GB
-        f"{SEVEN} --weights int4 --context 196608 --policy minmax-8bit pages-of-32-8bit pages-of-32 default "
+        f"{SEVEN} --weights int4 --context 196608 --policy minmax-8bit pages-of-32-8bit pages-of-32 default for-context "
         "--attention quest flashinfer"
     ],
     "recorded": ["recorded.py"],

@@ -343,16 +343,23 @@ def test_quick_end_to_end_run_writes_rows_and_a_figure(bench, monkeypatch, tmp_p
     monkeypatch.setattr(bench.end_to_end, "CPU_PASSES", 1)
     files = "--json", tmp_path / "e.json", "--figure", tmp_path / "e.png"
     settings = "--weights", "int8", "--dense-layers", "2", "--select-every", "1", "2"
+    settings = *settings, "--policy", "default", "for-context"
     settings = *settings, "--attention", "sdpa", "quest", *map(str, files)
-    monkeypatch.setattr(sys, "argv", ["end_to_end.py", "--quick", "--context", "1024", *settings])
+    monkeypatch.setattr(sys, "argv", ["end_to_end.py", "--quick", "--context", "1024", "2048", *settings])
     bench.end_to_end.main()
     record = json.loads((tmp_path / "e.json").read_text())
     assert {"gpu", "torch", "command", "csrc_tree", "threads", "rows"} <= set(record)
-    keys = "attention", "page_size", "bound", "metadata", "dense_layers", "select_every"
+    keys = "context", "attention", "page_size", "budget", "bound", "metadata", "dense_layers", "select_every"
     assert sorted(tuple(row[key] for key in keys) for row in record["rows"]) == [
-        ("quest", 8, "principal", "4", 2, 1),
-        ("quest", 8, "principal", "4", 2, 2),
-        ("sdpa", 8, "principal", "4", 2, 1),
+        row
+        for context in (1024, 2048)
+        for row in (
+            (context, "quest", 4, 512 - context // 128, "principal", "4", 2, 1),
+            (context, "quest", 4, 512 - context // 128, "principal", "4", 2, 2),
+            (context, "quest", 8, 512, "principal", "4", 2, 1),
+            (context, "quest", 8, 512, "principal", "4", 2, 2),
+            (context, "sdpa", 8, 512, "principal", "4", 2, 1),
+        )
     ]
     for row in record["rows"]:
         ms, without, products = (row[name] for name in ("ms", "without_attention_ms", "products_ms"))
