@@ -232,10 +232,14 @@ def _gqa8(k: int, batch: int = 1) -> Case:
     return Case(f"gqa8-{k}k-b{batch}", (1024 * k,) * batch)
 
 
+def _mha(k: int) -> Case:
+    return Case(f"mha-{k}k-b1", (1024 * k,), kv_heads=32)
+
+
 CASES = [
     *(_gqa8(k) for k in (2, 4, 8, 16)),
-    Case("mha-32k-b1", (32768,), kv_heads=32),
-    Case("mha-128k-b1", (131072,), kv_heads=32),
+    _mha(32),
+    _mha(128),
     *(_gqa8(k) for k in (32, 64, 128)),
     _gqa8(32, batch=8),
     Case("gqa8-b32-ragged", ragged_lengths(32, 1024, 65536, 460_000)),
@@ -262,7 +266,7 @@ EXTRA_CASES = [
             budget=budget,
             pages=(Pages(16), DEFAULT_PAGES, PAGES["pages of 4, 4-bit"]),
         )
-        for case in (_gqa8(8), Case("mha-8k-b1", (8192,), kv_heads=32))
+        for case in (_gqa8(8), _mha(8))
         for budget in (512, 1024)
     ),
     # Many budgets: what QuestConfig.for_context gives coarser pages.
@@ -273,7 +277,7 @@ EXTRA_CASES = [
             block_size=32,
             pages=(PAGES["pages of 16, 4-bit"], PAGES["pages of 32, 4-bit"]),
         )
-        for case in (_gqa8(128), Case("mha-128k-b1", (131072,), kv_heads=32))
+        for case in (_gqa8(128), _mha(128))
     ),
 ]
 
