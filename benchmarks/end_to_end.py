@@ -28,7 +28,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 
 import figures
@@ -63,7 +63,7 @@ CHECK_BATCH, CHECK_CONTEXT = 2, 1000  # no multiple of a page
 TOLERANCE = {torch.bfloat16: 0.02, torch.float32: 1e-5}  # of an output, as peers.check_close takes it
 SHARES = "attention", "weights", "other"
 HEADER = (
-    f"{'case':24}{'weights':>8}  {'attention':52}{'ms':>9}{'tokens/s':>10}"
+    f"{'case':24}{'weights':>8}  {'attention':52}{'budget':>8}{'ms':>9}{'tokens/s':>10}"
     f"{''.join(f'{share:>11}' for share in SHARES)}{'ratio':>8}"
 )
 
@@ -151,23 +151,22 @@ def paged_attentions(model: Llama, batch: int, context: int, entries: list[Entry
 
 def quests_of(args: argparse.Namespace, context: int) -> list[QuestConfig]:
     """What is timed at a context. Raises ValueError as QuestConfig does."""
-    budget = args.budget or (512 if args.quick else 2048)
-    chosen = product(args.policy, args.dense_layers, args.select_every)
-    quests = []
-    for policy, dense_layers, every in chosen:
-        settings = {"token_budget": budget, "dense_layers": tuple(range(dense_layers)), "select_every": every}
-        quests.append(
-            QuestConfig.for_context(context, **settings)
-            if policy == FOR_CONTEXT
-            else QuestConfig(**settings, **POLICIES[policy])
+    makers = {name: partial(QuestConfig, **settings) for name, settings in POLICIES.items()}
+    makers[FOR_CONTEXT] = partial(QuestConfig.for_context, context)
+    return [
+        makers[policy](
+            token_budget=args.budget or (512 if args.quick else 2048),
+            dense_layers=tuple(range(dense_layers)),
+            select_every=every,
         )
-    return quests
+        for policy, dense_layers, every in product(args.policy, args.dense_layers, args.select_every)
+    ]
 
 
 def check(model: Llama, entries: list[Entry]) -> None:
     """Raises RuntimeError unless all attentions agree in every layer of a step whose context Quest's budget covers."""
     size = CHECK_BATCH, CHECK_CONTEXT
-    covering = [(name, replace(q, token_budget=2 * CHECK_CONTEXT, dense_below=0)) for name, q in entries]
+    covering = dict.fromkeys((name, replace(q, token_budget=2 * CHECK_CONTEXT, dense_below=0)) for name, q in entries)
     others = paged_attentions(model, *size, [entry for entry in covering if entry[0] != "sdpa"])
     compared = Compared(ContiguousAttention(model, *size), {label(*entry): a for entry, a in others.items()})
     compared.plan()
@@ -238,10 +237,10 @@ def rows_of(model_name: str, weights: str, batch: int, context: int, times: dict
 
 def show(row: dict) -> None:
     ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
-    name = figures.label_of(row)
+    name, budget = figures.label_of(row), row["budget"] if row["attention"] == "quest" else "-"
     shares = "".join(f"{row[share + '_share']:11.0%}" for share in SHARES)
     times = f"{row['ms']:9.2f}{row['tokens_per_s']:10.1f}{shares}{ratio:>8}"
-    print(f"{row['case']:24}{row['weights']:>8}  {name:52}{times}", flush=True)
+    print(f"{row['case']:24}{row['weights']:>8}  {name:52}{budget:>8}{times}", flush=True)
 
 
 def load(name: str, weights: str, device: str) -> Llama:
@@ -318,7 +317,7 @@ def main() -> None:
         longest = model.config.max_position_embeddings
         if max(args.context) > longest:
             raise SystemExit(f"--context {max(args.context)} is more than the {longest} positions of {name}")
-        check(model, list(dict.fromkeys(entry for of_context in entries.values() for entry in of_context)))
+        check(model, list(chain.from_iterable(entries.values())))
         for batch in args.batch:
             torch.compiler.reset()  # else the second batch size is compiled for any, and a ninth shape not at all
             for context in args.context:

@@ -156,11 +156,14 @@ def _break_even(rows: list[dict]) -> list[tuple]:
 
 
 def _end_to_end(rows: list[dict]) -> list[tuple]:
-    """Milliseconds a token of each sequence against context, a panel for each model and batch."""
+    """Milliseconds a token of each sequence against context, a panel for each model and batch. Where Quest has several
+    budgets its lines are called by them too."""
+    budgets = sorted({row["budget"] for row in rows})
     panels = defaultdict(lambda: defaultdict(list))
     for row in sorted(rows, key=lambda row: list(ATTENTIONS).index(row["attention"])):
-        shape = tuple(row[key] for key in ("model", "batch", "weights", "budget"))
-        panels[shape][label_of(row)].append(row)
+        shape = tuple(row[key] for key in ("model", "batch", "weights"))
+        tells_budget = len(budgets) > 1 and row["attention"] == "quest"
+        panels[shape][label_of(row) + f", budget {row['budget']}" * tells_budget].append(row)
 
     def style(row: dict) -> dict:
         color, line, marker = ATTENTIONS[row["attention"]], "-", "o"
@@ -173,11 +176,11 @@ def _end_to_end(rows: list[dict]) -> list[tuple]:
 
     return [
         (
-            f"{model}, batch {batch}, {weights}, budget {budget}",
+            f"{model}, batch {batch}, {weights}" + f", budget {budgets[0]}" * (len(budgets) == 1),
             "milliseconds a token",
             [(name, [(r["context"], r["ms"]) for r in same], style(same[0])) for name, same in found.items()],
         )
-        for (model, batch, weights, budget), found in sorted(panels.items())
+        for (model, batch, weights), found in sorted(panels.items())
     ]
 
 

@@ -36,8 +36,8 @@ PARTS = {
         f"{EIGHT} --weights int4 --context 8192 32768 {ALL_POLICIES} --attention quest flashinfer",
     ],
     "end_to_end-192k": [  # 140 GB
-        f"{SEVEN} --weights int4 --context 196608 --policy minmax-8bit pages-of-32-8bit pages-of-32 default for-context "
-        "--attention quest flashinfer"
+        f"{SEVEN} --weights int4 --context 196608 --attention quest flashinfer "
+        "--policy minmax-8bit pages-of-32-8bit pages-of-32 default for-context"
     ],
     "recorded": ["recorded.py"],
 }

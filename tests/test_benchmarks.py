@@ -315,6 +315,20 @@ def test_one_context_is_drawn_as_bars_and_several_as_lines(bench, tmp_path):
     assert drawn[0] != drawn[1] and all(picture.startswith(b"\x89PNG") for picture in drawn)
 
 
+def test_quests_of_several_budgets_are_drawn_beside_their_peers(bench):
+    """What for-context gives may differ from a policy in the budget alone."""
+    quests = QuestConfig(page_size=16), QuestConfig.for_context(131072)
+    times = {("quest", quests[0]): 9.0, ("quest", quests[1]): 9.5, ("sdpa", quests[0]): 40.0}
+    rows = bench.end_to_end.rows_of("m", "int4", 1, 131072, {**times, "without": 5.0, "products": 4.0})
+    ((title, _, lines),) = bench.figures._end_to_end(rows)
+    assert title == "m, batch 1, int4"
+    called = "quest, 4-bit metadata, budget"
+    assert [(name, points) for name, points, _ in lines] == [
+        (f"{called} 2048", [(131072, 9.0)]), (f"{called} 4352", [(131072, 9.5)]), ("sdpa", [(131072, 40.0)]),
+    ]  # fmt: skip
+    assert bench.figures._end_to_end(rows[:1])[0][0] == "m, batch 1, int4, budget 2048"
+
+
 @pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
 @torch.inference_mode()
 def test_the_products_are_those_of_a_step(bench, weights):
